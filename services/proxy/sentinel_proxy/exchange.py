@@ -1,0 +1,152 @@
+"""One HTTP exchange as ASGI gives it: the request read within bounds, the answer sent, the client's going noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sentinel_proxy.errors import ApiError, body_too_large, render
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+_REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
+
+
+@dataclass(slots=True)
+class Served:
+    """What is known of a request when it is over, for its metrics and its line in the log."""
+
+    endpoint: str
+    external_id: str = ""
+    model: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    own_s: float = 0.0
+
+
+class ClientGone(Exception):
+    """The client left before it had sent its whole request."""
+
+
+class Exchange:
+    """`request_id` is the client's own where it is fit for a header, else `fallback_id`."""
+
+    __slots__ = (
+        "_left",
+        "_receive",
+        "_send",
+        "extra_headers",
+        "headers",
+        "method",
+        "path",
+        "query",
+        "request_id",
+        "started",
+        "status",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, fallback_id: str) -> None:
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.query: bytes = scope["query_string"]
+        self.headers: Headers = scope["headers"]
+        self._receive = receive
+        self._send = send
+        self._left: asyncio.Task[None] | None = None
+        self.started = False
+        self.status = 0
+        self.extra_headers: Headers = []
+        own = self.header(b"x-request-id")
+        self.request_id = own.decode() if own is not None and _REQUEST_ID.fullmatch(own) else fallback_id
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that (lower-case) name."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    async def body(self, *, max_bytes: int) -> bytes:
+        """The whole request body. Raises ApiError (413) and ClientGone."""
+        self.check_length(max_bytes=max_bytes)
+        message = await self._receive()
+        if message["type"] != "http.request":
+            raise ClientGone
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            pieces = [body]
+            pieces += [piece async for piece in self.body_pieces(max_bytes=max_bytes - len(body))]
+            body = b"".join(pieces)
+        if len(body) > max_bytes:
+            raise body_too_large(max_bytes)
+        return body
+
+    async def body_pieces(self, *, max_bytes: int) -> AsyncIterator[bytes]:
+        """The rest of the body as it comes. Raises as `body` does."""
+        spare_bytes = max_bytes
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            piece: bytes = message.get("body", b"")
+            more = message.get("more_body", False)
+            spare_bytes -= len(piece)
+            if spare_bytes < 0:
+                raise body_too_large(max_bytes)
+            if piece:
+                yield piece
+
+    def check_length(self, *, max_bytes: int) -> None:
+        """Raises ApiError (413) when the announced length is too much."""
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and int(length) > max_bytes:
+            raise body_too_large(max_bytes)
+
+    async def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """A whole answer; a HEAD gets no body."""
+        kept = [header for header in headers if header[0] != b"content-length"]
+        await self.start(status, [*kept, (b"content-length", b"%d" % len(body))])
+        await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
+
+    async def refuse(self, error: ApiError, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """The error in OpenAI's envelope; too late once an answer has started."""
+        if not self.started:
+            await self.answer(*render(error, headers=headers))
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Status and headers of an answer whose body follows in pieces."""
+        self.started = True
+        self.status = status
+        headers = [*headers, (b"x-request-id", self.request_id.encode()), *self.extra_headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send(self, piece: bytes) -> None:
+        """The next piece; waits while the client is slow."""
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def end(self) -> None:
+        """No more pieces."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def when_gone(self, callback: Callable[[], None]) -> None:
+        """Calls back when the client leaves before `forget_client`; the request must have been read."""
+        self._left = asyncio.create_task(self._watch(callback))
+
+    def forget_client(self) -> None:
+        """Its leaving does not matter any more."""
+        if self._left is not None:
+            self._left.cancel()
+            self._left = None
+
+    async def _watch(self, callback: Callable[[], None]) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        callback()

@@ -1,0 +1,466 @@
+"""The way of a metered request: who is asking, what might it cost, may they, forward, what did it cost, settle.
+
+Two trips to Redis: the admission before, the settlement after; none in mid-stream. Once admitted, a request is settled
+exactly once whatever happens: charged with what the upstream says, else with what was counted here, or refunded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sentinel_proxy.auth import bearer_token
+from sentinel_proxy.errors import (
+    ApiError,
+    render_event,
+    upstream_rejected,
+    upstream_timeout,
+    upstream_unreachable,
+    user_not_metered,
+)
+from sentinel_proxy.exchange import ClientGone
+from sentinel_proxy.limiter import Denied
+from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
+from sentinel_proxy.settings import QuotaMode
+from sentinel_proxy.sse import SseRelay, find_usage
+from sentinel_proxy.tokens import lookup
+from sentinel_proxy.upstream import Answer, UpstreamError, UpstreamTimeout
+from sentinel_shared.accounts import Cost
+
+if TYPE_CHECKING:
+    from sentinel_proxy.auth import Authenticator
+    from sentinel_proxy.exchange import Exchange, Served
+    from sentinel_proxy.limiter import Admission, Limiter
+    from sentinel_proxy.meter import Meter, Running
+    from sentinel_proxy.metrics import ProxyMetrics
+    from sentinel_proxy.models import Models
+    from sentinel_proxy.openai_wire import MeteredRequest
+    from sentinel_proxy.settings import Settings
+    from sentinel_proxy.sse import Usage
+    from sentinel_proxy.tokens import Kind, ModelFamily, Ratios, TokenCounter
+    from sentinel_proxy.upstream import Stream, Upstream
+    from sentinel_shared.contracts import Caller
+
+ACCOUNT_STATUSES: Final = frozenset({401, 402, 403})
+"""The upstream's word about the gateway's own account, which is none of the caller's business."""
+_COUNT_EVERY: Final = 16
+"""However much a caller has left, every so many prompts are counted exactly, so that the estimate stays calibrated."""
+_DRAIN_MAX_BYTES: Final = 16 * 1024 * 1024
+_STREAM_HEADERS: Final = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A metered path of the API; `path` is under the upstream's base URL."""
+
+    kind: Kind
+    path: str
+    parse: Callable[[bytes], MeteredRequest]
+    generates: bool = True
+
+
+ENDPOINTS: Final = {
+    "/v1" + endpoint.path: endpoint
+    for endpoint in (
+        Endpoint("chat", "/chat/completions", parse_chat),
+        Endpoint("completions", "/completions", parse_completions),
+        Endpoint("embeddings", "/embeddings", parse_embeddings, generates=False),
+        Endpoint("responses", "/responses", parse_responses),
+    )
+}
+
+
+@dataclass(slots=True)
+class Load:
+    """How many requests are running."""
+
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """What a request is served with; one per process."""
+
+    settings: Settings
+    auth: Authenticator
+    limiter: Limiter
+    meter: Meter
+    upstream: Upstream
+    models: Models
+    counter: TokenCounter
+    ratios: Ratios
+    metrics: ProxyMetrics
+    new_rid: Callable[[], str]
+    turns: Iterator[int]
+    load: Load
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that has been read. `began_s` is `perf_counter` when it had been."""
+
+    endpoint: Endpoint
+    request: MeteredRequest
+    raw: bytes
+    served: Served
+    began_s: float
+
+
+@dataclass(slots=True)
+class _Job:
+    """One admitted request on its way."""
+
+    asked: _Asked
+    family: ModelFamily
+    local_tokens: int
+    """The input as counted here, or, unless `counted`, a bound on it."""
+    counted: bool
+    input_tokens: int
+    """As reserved: corrected by the family's ratio."""
+    admission: Admission
+    running: Running
+    upstream_s: float = 0.0
+    """Spent waiting for the upstream and the client."""
+
+
+async def authenticate(tools: Toolbox, exchange: Exchange) -> tuple[Caller, str]:
+    """The caller and the external id. Raises ApiError: 401, 403, 503."""
+    token = bearer_token(exchange.header(b"authorization"))
+    caller = tools.auth.remembered(token) or await tools.auth.caller(token)
+    if caller.external_id is None:
+        raise user_not_metered()
+    return caller, caller.external_id
+
+
+async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: Served) -> None:
+    """Answer one request. Raises ApiError, Denied and ClientGone."""
+    _, served.external_id = await authenticate(tools, exchange)
+    raw = await exchange.body(max_bytes=tools.settings.max_body_bytes)
+    began_s = time.perf_counter()
+    request = endpoint.parse(raw)
+    served.model = request.model
+    job = await _admit(tools, _Asked(endpoint, request, raw, served, began_s))
+    try:
+        if request.streamed:
+            await _forward_stream(tools, job, exchange)
+        else:
+            await _forward(tools, job, exchange)
+    except UpstreamError as error:
+        _give_back(tools, job, reached=error.reached)
+        tools.metrics.upstream_errors.labels("timeout" if isinstance(error, UpstreamTimeout) else "unreachable").inc()
+        await exchange.refuse(as_answer(error), job.admission.headers)
+    except BaseException:
+        # Whatever it was (a defect, the process ending), nothing good has been delivered: see the two forwards.
+        _give_back(tools, job, reached=True)
+        raise
+    took_s = time.perf_counter() - began_s
+    tools.metrics.duration(endpoint.path).observe(took_s)
+    served.own_s = max(0.0, took_s - job.upstream_s)
+    tools.metrics.overhead(endpoint.path).observe(served.own_s)
+
+
+# --- what might it cost, may they ---
+
+
+async def _admit(tools: Toolbox, asked: _Asked) -> _Job:
+    model, external_id = asked.request.model, asked.served.external_id
+    family = lookup(model)
+    exactly = next(tools.turns) % _COUNT_EVERY == 0
+    spare_tokens = 0 if exactly else tools.limiter.spare_input_tokens(external_id)
+    counting = tools.counter.input_tokens(
+        asked.endpoint.kind, asked.request, model, body_bytes=len(asked.raw), spare_tokens=spare_tokens
+    )
+    local_tokens = counting if isinstance(counting, int) else await counting
+    corrected = tools.ratios.corrected(local_tokens, family) if tools.settings.token_calibration else local_tokens
+    input_tokens = max(1, corrected)
+    rid = tools.new_rid()
+    cost = _cost(tools, asked, input_tokens)
+    admission = await tools.limiter.admit(rid=rid, external_id=external_id, cost=cost)
+    running = tools.meter.begin(rid=rid, external_id=external_id, model=model, endpoint=asked.endpoint.path)
+    return _Job(asked, family, local_tokens, not spare_tokens, input_tokens, admission, running)
+
+
+def _cost(tools: Toolbox, asked: _Asked, input_tokens: int) -> Cost:
+    request = asked.request
+    if not asked.endpoint.generates:
+        return Cost(input_tokens, 0, 0)
+    choices = request.choices
+    cap = request.cap_tokens
+    return Cost(
+        input_tokens=input_tokens,
+        output_wanted_tokens=-1 if cap is None else cap * choices,
+        model_max_output_tokens=tools.models.max_output_tokens(request.model) * choices,
+        choices=choices,
+    )
+
+
+def _cap_tokens(tools: Toolbox, job: _Job) -> int | None:
+    """The cap to tell the upstream because the grant is below what the request could produce; None: no need."""
+    granted = job.admission.granted_output_tokens
+    if granted < 0 or not job.asked.endpoint.generates or tools.settings.quota_mode is QuotaMode.SOFT:
+        return None
+    each = granted // job.asked.request.choices
+    own = job.asked.request.cap_tokens
+    most = tools.models.max_output_tokens(job.asked.request.model) if own is None else own
+    return each if each < most else None
+
+
+# --- forward, what did it cost ---
+
+
+async def _forward(tools: Toolbox, job: _Job, exchange: Exchange) -> None:
+    body, headers = _prepared(tools, job)
+    sent_s = time.perf_counter()
+    answer = await tools.upstream.send(
+        "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
+    )
+    job.upstream_s = time.perf_counter() - sent_s
+    await _deliver(tools, job, exchange, answer, headers)
+
+
+async def _deliver(
+    tools: Toolbox, job: _Job, exchange: Exchange, answer: Answer, headers: list[tuple[bytes, bytes]]
+) -> None:
+    if answer.status in ACCOUNT_STATUSES:
+        _give_back(tools, job, reached=True)
+        tools.metrics.upstream_errors.labels(f"rejected_{answer.status}").inc()
+        raise upstream_rejected()
+    if answer.status >= 300:
+        _give_back(tools, job, reached=True)
+    else:
+        usage = find_usage(answer.body)
+        if usage is not None:
+            _charge(tools, job, usage)
+        else:
+            tools.meter.soon(job.running, _charge_counted(tools, job, _Whole(answer.body)))
+    await exchange.answer(answer.status, answer.headers + headers, answer.body)
+
+
+async def _forward_stream(tools: Toolbox, job: _Job, exchange: Exchange) -> None:
+    body, headers = _prepared(tools, job)
+    sent_s = time.perf_counter()
+    async with tools.upstream.stream(
+        "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
+    ) as stream:
+        if stream.status >= 300 or not _is_event_stream(stream):
+            answer = Answer(stream.status, stream.headers, await stream.read_all())
+            job.upstream_s = time.perf_counter() - sent_s
+            await _deliver(tools, job, exchange, answer, headers)
+            return
+        outlet = _Outlet(tools, job, exchange, stream.status, stream.headers + headers + _STREAM_HEADERS)
+        relay = SseRelay(hides_usage=job.asked.request.hides_usage)
+        exchange.when_gone(outlet.abandonment.begin)
+        try:
+            await _relay(stream, relay, outlet)
+        finally:
+            exchange.forget_client()
+            outlet.abandonment.end()
+            job.upstream_s = time.perf_counter() - sent_s
+            _settle_stream(tools, job, relay)
+
+
+async def _relay(stream: Stream, relay: SseRelay, outlet: _Outlet) -> None:
+    """Every event out as it comes; the client gone, read on for the usage within the drain's bounds."""
+    running, abandonment = outlet.job.running, outlet.abandonment
+    try:
+        while (chunk := await stream.read()) is not None:
+            out = relay.feed(chunk)
+            running.output_tokens_seen += chunk.count(b"data:")
+            if abandonment.begun:
+                if abandonment.exceeds(relay.read_bytes):
+                    return
+            elif out:
+                await outlet.send(out)
+        tail = relay.flush()
+    except UpstreamError as error:
+        if not outlet.exchange.started and not abandonment.begun:
+            raise
+        tail = relay.interrupt() + outlet.broken(error)
+    except asyncio.CancelledError:
+        if not abandonment.take_back_cancellation():
+            raise
+        return
+    await outlet.finish(tail)
+
+
+class _Outlet:
+    """The client's end of a stream. Its answer starts with its first bytes: an early failure has its own status."""
+
+    def __init__(
+        self, tools: Toolbox, job: _Job, exchange: Exchange, status: int, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        self.job = job
+        self.exchange = exchange
+        self.abandonment = _Abandonment(tools.settings.disconnect_drain_s)
+        self._metrics = tools.metrics
+        self._status = status
+        self._headers = headers
+
+    async def send(self, piece: bytes) -> None:
+        if not self.exchange.started:
+            asked = self.job.asked
+            self._metrics.first_token(asked.endpoint.path).observe(time.perf_counter() - asked.began_s)
+            await self.exchange.start(self._status, self._headers)
+        await self.exchange.send(piece)
+
+    async def finish(self, tail: bytes) -> None:
+        if not self.exchange.started:
+            await self.exchange.start(self._status, self._headers)
+        if tail:
+            await self.exchange.send(tail)
+        await self.exchange.end()
+
+    def broken(self, error: UpstreamError) -> bytes:
+        """The event that tells the client; counted."""
+        self._metrics.upstream_errors.labels("mid_stream").inc()
+        return render_event(as_answer(error), named=self.job.asked.endpoint.kind == "responses")
+
+
+class _Abandonment:
+    """The client has left: the stream is read on for its usage, up to a bound of time and bytes. 0 s: not at all."""
+
+    def __init__(self, drain_s: float) -> None:
+        self.begun = False
+        self._drain_s = drain_s
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = False
+        self._most_bytes: int | None = None
+
+    def begin(self) -> None:
+        self.begun = True
+        self._timer = asyncio.get_running_loop().call_later(self._drain_s, self._expire)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def exceeds(self, read_bytes: int) -> bool:
+        if self._most_bytes is None:
+            self._most_bytes = read_bytes + _DRAIN_MAX_BYTES
+        return read_bytes > self._most_bytes
+
+    def take_back_cancellation(self) -> bool:
+        """Whether it was this that cancelled the task, and nobody else."""
+        return self._expired and self._task is not None and self._task.uncancel() == 0
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+# --- settle ---
+
+
+def _settle_stream(tools: Toolbox, job: _Job, relay: SseRelay) -> None:
+    if relay.usage is not None:
+        _charge(tools, job, relay.usage)
+    elif not relay.started:
+        _give_back(tools, job, reached=True)
+    else:
+        tools.meter.soon(job.running, _charge_counted(tools, job, relay))
+
+
+def _charge(tools: Toolbox, job: _Job, usage: Usage) -> None:
+    served = job.asked.served
+    served.input_tokens, served.output_tokens = usage.input_tokens, usage.output_tokens
+    tools.meter.charge(job.running, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+    granted = job.admission.granted_output_tokens
+    if 0 <= granted < usage.output_tokens:
+        tools.metrics.overshoot_tokens.inc(usage.output_tokens - granted)
+    if job.counted and job.local_tokens > 0 and usage.input_tokens > 0:
+        tools.metrics.estimate_ratio.labels(job.family.label).observe(usage.input_tokens / job.local_tokens)
+        tools.ratios.observe(job.family, local_tokens=job.local_tokens, upstream_tokens=usage.input_tokens)
+    if job.admission.local:
+        tools.limiter.correct_local(
+            job.running.external_id,
+            input_tokens=usage.input_tokens - job.input_tokens,
+            output_tokens=usage.output_tokens - max(0, granted),
+        )
+
+
+async def _charge_counted(tools: Toolbox, job: _Job, produced: SseRelay | _Whole) -> None:
+    """The upstream told nothing: count both sides here."""
+    input_tokens = job.input_tokens
+    if not job.counted:
+        counting = tools.counter.input_tokens(
+            job.asked.endpoint.kind, job.asked.request, job.asked.request.model, body_bytes=len(job.asked.raw)
+        )
+        input_tokens = counting if isinstance(counting, int) else await counting
+    output_tokens = 0
+    if job.asked.endpoint.generates:
+        output_tokens = await tools.counter.count_output(
+            job.asked.endpoint.kind, produced.events(), job.asked.request.model, events_bytes=produced.read_bytes
+        )
+        # Of what was not remembered only the length is known: an event of one token takes a hundred bytes and more.
+        output_tokens += produced.unread_bytes // 100
+    tools.meter.charge(job.running, input_tokens=input_tokens, output_tokens=output_tokens, counted_here=True)
+
+
+class _Whole:
+    """A JSON answer in the place of a stream of one event."""
+
+    unread_bytes = 0
+
+    def __init__(self, body: bytes) -> None:
+        self._relay = SseRelay(hides_usage=False, memo_max_bytes=len(body) + 16)
+        self._relay.feed(b"data:" + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n")
+        self.read_bytes = len(body)
+
+    def events(self) -> Any:
+        return self._relay.events()
+
+
+def _give_back(tools: Toolbox, job: _Job, *, reached: bool) -> None:
+    if tools.meter.holds(job.running):
+        tools.meter.refund(job.running, reached=reached)
+        if job.admission.local:
+            tools.limiter.correct_local(
+                job.running.external_id,
+                input_tokens=-job.input_tokens,
+                output_tokens=-max(0, job.admission.granted_output_tokens),
+            )
+
+
+# --- what goes where ---
+
+
+def _prepared(tools: Toolbox, job: _Job) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """The body for the upstream, and the headers that Sentinel adds to its answer."""
+    cap_tokens = _cap_tokens(tools, job)
+    headers = list(job.admission.headers)
+    if cap_tokens is not None:
+        headers.append((b"x-sentinel-max-output-tokens", b"%d" % cap_tokens))
+    return job.asked.request.for_upstream(job.asked.raw, cap_tokens=cap_tokens), headers
+
+
+def _path(job: _Job, exchange: Exchange) -> str:
+    return (
+        f"{job.asked.endpoint.path}?{exchange.query.decode('latin-1')}" if exchange.query else job.asked.endpoint.path
+    )
+
+
+def _is_event_stream(stream: Stream) -> bool:
+    return any(name == b"content-type" and b"event-stream" in value for name, value in stream.headers)
+
+
+def as_answer(error: UpstreamError) -> ApiError:
+    """What the caller is told."""
+    return upstream_timeout() if isinstance(error, UpstreamTimeout) else upstream_unreachable()
+
+
+__all__ = [
+    "ACCOUNT_STATUSES",
+    "ENDPOINTS",
+    "ClientGone",
+    "Denied",
+    "Endpoint",
+    "Toolbox",
+    "as_answer",
+    "authenticate",
+    "serve",
+]

@@ -1,0 +1,149 @@
+"""Every other path under /v1: streamed both ways, counted as a request, and as tokens where the answer has any."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
+
+from sentinel_proxy.errors import unknown_url, upstream_rejected
+from sentinel_proxy.metered import ACCOUNT_STATUSES, as_answer, authenticate
+from sentinel_proxy.sse import SseRelay, Usage, find_usage
+from sentinel_proxy.upstream import UpstreamError
+from sentinel_shared.accounts import Cost
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sentinel_proxy.exchange import Exchange, Served
+    from sentinel_proxy.meter import Running
+    from sentinel_proxy.metered import Toolbox
+    from sentinel_proxy.tokens import Kind
+    from sentinel_proxy.upstream import Stream
+
+_USAGE_BODY_MAX_BYTES: Final = 16 * 1024 * 1024
+_BODYLESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
+    """Answer one request. Raises ApiError, Denied and ClientGone."""
+    _, external_id = await authenticate(tools, exchange)
+    served.external_id = external_id
+    path = upstream_path(exchange.path)
+    if path is None:
+        raise unknown_url(exchange.method, exchange.path)
+    max_bytes = tools.settings.max_body_bytes
+    exchange.check_length(max_bytes=max_bytes)
+    rid = tools.new_rid()
+    admission = await tools.limiter.admit(rid=rid, external_id=external_id, cost=Cost(0, 0, 0))
+    running = tools.meter.begin(rid=rid, external_id=external_id, model="", endpoint="passthrough")
+    if exchange.query:
+        path += "?" + exchange.query.decode("latin-1")
+    body = None if exchange.method in _BODYLESS else exchange.body_pieces(max_bytes=max_bytes)
+    try:
+        async with tools.upstream.stream(
+            exchange.method,
+            path,
+            exchange.headers,
+            body,
+            request_id=exchange.request_id,
+            accept_encoding=exchange.header(b"accept-encoding"),
+        ) as stream:
+            await _deliver(tools, exchange, stream, running, admission.headers)
+    except UpstreamError as error:
+        if tools.meter.holds(running):
+            tools.meter.refund(running, reached=error.reached)
+        await exchange.refuse(as_answer(error), admission.headers)
+    except BaseException:
+        if tools.meter.holds(running):
+            tools.meter.refund(running, reached=True)
+        raise
+
+
+async def _deliver(
+    tools: Toolbox, exchange: Exchange, stream: Stream, running: Running, headers: list[tuple[bytes, bytes]]
+) -> None:
+    if stream.status in ACCOUNT_STATUSES:
+        tools.metrics.upstream_errors.labels(f"rejected_{stream.status}").inc()
+        raise upstream_rejected()
+    if stream.status >= 400:
+        tools.meter.refund(running, reached=True)
+    reader = _UsageReader(stream)
+    gone = False
+
+    def left() -> None:
+        nonlocal gone
+        gone = True
+
+    exchange.when_gone(left)
+    try:
+        await exchange.start(stream.status, stream.headers + headers)
+        async for chunk in _chunks(stream):
+            reader.feed(chunk)
+            if gone:
+                break
+            await exchange.send(chunk)
+        else:
+            await exchange.end()
+    finally:
+        exchange.forget_client()
+        if tools.meter.holds(running):
+            tools.meter.soon(running, _charge(tools, exchange.path, running, reader))
+
+
+async def _chunks(stream: Stream) -> AsyncIterator[bytes]:
+    while (chunk := await stream.read()) is not None:
+        yield chunk
+
+
+async def _charge(tools: Toolbox, path: str, running: Running, reader: _UsageReader) -> None:
+    usage = reader.usage()
+    output_tokens = 0
+    if usage is None and reader.relay is not None and reader.relay.started:
+        kind: Kind = "responses" if "/responses" in path else "chat"
+        output_tokens = await tools.counter.count_output(
+            kind, reader.relay.events(), "", events_bytes=reader.relay.read_bytes
+        )
+    usage = usage or Usage(0, output_tokens)
+    tools.meter.charge(running, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+
+
+class _UsageReader:
+    """Looks over an answer's shoulder: a stream of events, or JSON of a bounded size; anything else has no usage."""
+
+    def __init__(self, stream: Stream) -> None:
+        headers = dict(stream.headers)
+        kind = headers.get(b"content-type", b"")
+        plain = b"content-encoding" not in headers
+        self.relay = SseRelay(hides_usage=False) if plain and b"event-stream" in kind else None
+        self._json: list[bytes] | None = [] if plain and b"json" in kind else None
+        self._spare_bytes = _USAGE_BODY_MAX_BYTES
+
+    def feed(self, chunk: bytes) -> None:
+        if self.relay is not None:
+            self.relay.feed(chunk)
+        elif self._json is not None:
+            self._spare_bytes -= len(chunk)
+            if self._spare_bytes < 0:
+                self._json = None
+            else:
+                self._json.append(chunk)
+
+    def usage(self) -> Usage | None:
+        if self.relay is not None:
+            return self.relay.usage
+        return find_usage(b"".join(self._json)) if self._json else None
+
+
+def upstream_path(path: str) -> str | None:
+    """The path under the upstream's base URL; None for one that would leave it, or that is no path of the API."""
+    rest = path.removeprefix("/v1")
+    segments = rest.split("/")
+    if (
+        rest == path
+        or any(segment in {".", ".."} for segment in segments)
+        or "\\" in rest
+        or "?" in rest
+        or "#" in rest
+    ):
+        return None
+    return quote(rest, safe="/:@!$&'()*+,;=-._~")

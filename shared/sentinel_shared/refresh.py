@@ -1,0 +1,73 @@
+"""A user's limits from Zion into the account: one way for cold misses, refreshes ahead of expiry and webhooks."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Final
+
+from sentinel_shared.accounts import Accounts, CommitOutcome, Freshness
+from sentinel_shared.errors import RedisUnavailable, UnknownUser
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sentinel_shared.clock import Clock
+    from sentinel_shared.directory import Directory
+    from sentinel_shared.zion_client import ZionClient
+
+REFRESH_AHEAD: Final = 0.8
+JITTER: Final = 0.1
+
+
+class LimitsRefresher:
+    """Asks Zion and commits. Used by the proxy (cold misses, limits past their freshness) and by limits-sync."""
+
+    def __init__(
+        self,
+        accounts: Accounts,
+        directory: Directory,
+        zion: ZionClient,
+        *,
+        freshness: Freshness,
+        clock: Clock,
+        uniform: Callable[[], float] = random.random,
+    ) -> None:
+        self._accounts = accounts
+        self._directory = directory
+        self._zion = zion
+        self._freshness = freshness
+        self._clock = clock
+        self._uniform = uniform
+
+    async def refresh(self, external_id: str, *, background: bool) -> CommitOutcome:
+        """Ask Zion once and commit its answer; OVERTAKEN means that someone else has just committed a newer one.
+
+        `background` refreshes leave the slots towards Zion that are kept for callers who wait.
+
+        Raises UnknownUser (remembered for all replicas), ZionUnavailable, ZionRefusedKey, and the lane's errors.
+        """
+        start = await self._accounts.refresh_begin(external_id)
+        try:
+            limits = await self._zion.limits(external_id, background=background)
+        except UnknownUser:
+            await self._note_unknown(external_id)
+            raise
+        return await self._accounts.refresh_commit(
+            external_id=external_id,
+            start=start,
+            limits=limits,
+            freshness=self._freshness,
+            next_refresh_s=self._freshness.fresh_ms / 1000 * next_refresh_share(self._uniform()),
+            now_s=self._clock.unix_s(),
+        )
+
+    async def _note_unknown(self, external_id: str) -> None:
+        try:
+            await self._directory.note_unknown(external_id)
+        except RedisUnavailable:
+            return  # the next request asks Zion again
+
+
+def next_refresh_share(uniform: float) -> float:
+    """After which share of their life limits are refreshed: 80 % +- 10 %, for `uniform` in [0, 1)."""
+    return REFRESH_AHEAD + JITTER * (2 * uniform - 1)
