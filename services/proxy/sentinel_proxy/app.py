@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _TOKENIZER_THREADS: Final = 1
 _SETTLE_AT_CLOSE_S: Final = 5.0
+_GAUGES_EVERY_S: Final = 1.0
 
 
 class SentinelApp(FastAPI):
@@ -118,20 +119,21 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
         )
         stack.push_async_callback(upstream.close)
         freshness = Freshness.of(cache_ttl_s=settings.cache_ttl_s, max_stale_s=settings.limits_max_stale_s)
+        meter = Meter(
+            accounts, Spool(settings.spool_dir), lease_s=settings.reservation_lease_s, clock=clock, metrics=metrics
+        )
+        stack.push_async_callback(meter.close, timeout_s=_SETTLE_AT_CLOSE_S)
         limiter = Limiter(
             accounts,
             directory,
             LimitsRefresher(accounts, directory, zion, freshness=freshness, clock=clock),
             LocalShare(window),
+            meter.refund_unheard,
             window=window,
             fail_mode=settings.redis_fail_mode,
             clock=clock,
             metrics=metrics,
         )
-        meter = Meter(
-            accounts, Spool(settings.spool_dir), lease_s=settings.reservation_lease_s, clock=clock, metrics=metrics
-        )
-        stack.push_async_callback(meter.close, timeout_s=_SETTLE_AT_CLOSE_S)
         models = Models(
             upstream, default_max_output_tokens=settings.default_max_output_tokens, clock=clock, metrics=metrics
         )
@@ -168,9 +170,14 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
         )
         app = SentinelApp(Gate(tools, window, access_log), health)
         _include_routes(
-            app, tools, directory=directory, accounts=accounts, window=window, scrape=_scrape(metrics, breaker)
+            app,
+            tools,
+            directory=directory,
+            accounts=accounts,
+            window=window,
+            scrape=lambda: exposition(registry, os.environ),
         )
-        background = [meter.run(), models.learn()]
+        background = [meter.run(), models.learn(), _keep_gauges(tools, breaker)]
         if settings.token_calibration:
             background.append(calibration.share(tools.ratios, directory, clock))
         for work in background:
@@ -202,12 +209,12 @@ def _include_routes(
         app.include_router(support_routes(settings.admin_api_key.reveal(), accounts, window))
 
 
-def _scrape(metrics: ProxyMetrics, breaker: Breaker) -> Callable[[], bytes]:
-    def scrape() -> bytes:
-        metrics.breaker_open.labels("zion").set(breaker.state is not BreakerState.CLOSED)
-        return exposition(metrics.registry, os.environ)
-
-    return scrape
+async def _keep_gauges(tools: Toolbox, breaker: Breaker) -> None:
+    """Until cancelled. Every process keeps its own, since any of them may answer the scrape for all."""
+    while True:
+        tools.metrics.inflight.set(tools.load.count)
+        tools.metrics.breaker_open.labels("zion").set(breaker.state is not BreakerState.CLOSED)
+        await asyncio.sleep(_GAUGES_EVERY_S)
 
 
 def _access_log(settings: Settings) -> AccessLog | None:

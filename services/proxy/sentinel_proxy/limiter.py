@@ -13,6 +13,7 @@ from sentinel_proxy.rate_limits import Headers, binding_name, denial, limit_head
 from sentinel_proxy.settings import RedisFailMode
 from sentinel_shared.errors import (
     RedisFull,
+    RedisOutcomeUnknown,
     RedisRefused,
     RedisUnavailable,
     SentinelError,
@@ -21,6 +22,8 @@ from sentinel_shared.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sentinel_proxy.errors import ApiError
     from sentinel_proxy.local_share import LocalShare
     from sentinel_proxy.metrics import ProxyMetrics
@@ -55,7 +58,7 @@ class Denied(SentinelError):
 
 
 class Limiter:
-    """One per process."""
+    """One per process. `give_back(rid, external_id)` takes back an admission that Redis may have made unheard."""
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Limiter:
         directory: Directory,
         refresher: LimitsRefresher,
         share: LocalShare,
+        give_back: Callable[[str, str], None],
         *,
         window: WindowPolicy,
         fail_mode: RedisFailMode,
@@ -73,6 +77,7 @@ class Limiter:
         self._directory = directory
         self._refresher = refresher
         self._share = share
+        self._give_back = give_back
         self._window = window
         self._fail_mode = fail_mode
         self._clock = clock
@@ -94,8 +99,13 @@ class Limiter:
             decision = await self._decide(rid, external_id, cost)
         except RedisFull:
             raise unavailable("No new requests can be admitted at the moment.", code="store_full") from None
-        except RedisUnavailable:
-            return self._without_redis(external_id, cost)
+        except RedisUnavailable as error:
+            admission = self._without_redis(external_id, cost)
+            if admission is None:
+                if isinstance(error, RedisOutcomeUnknown):
+                    self._give_back(rid, external_id)
+                raise unavailable("Your limits cannot be checked at the moment.", code="limits_unavailable") from None
+            return admission
         if decision.refresh_due:
             self._stale.inc()
             self._refresh_soon(external_id)
@@ -133,7 +143,7 @@ class Limiter:
             raise unavailable("Your limits cannot be checked at the moment.", code="limits_unavailable")
         return decision
 
-    def _without_redis(self, external_id: str, cost: Cost) -> Admission:
+    def _without_redis(self, external_id: str, cost: Cost) -> Admission | None:
         mode = self._fail_mode
         granted = None
         if mode is RedisFailMode.OPEN:
@@ -141,7 +151,7 @@ class Limiter:
         elif mode is RedisFailMode.LOCAL:
             granted = self._share.admit(external_id, cost, now_s=self._clock.monotonic_s())
         if granted is None:
-            raise unavailable("Your limits cannot be checked at the moment.", code="limits_unavailable")
+            return None
         self._metrics.local_admissions.labels(mode.value).inc()
         self._metrics.overspend_bound_tokens.set(self._share.spent_tokens)
         return Admission(granted, [], local=True)

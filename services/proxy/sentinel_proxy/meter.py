@@ -149,7 +149,7 @@ class Meter:
             )
         )
 
-    def refund_unknown(self, *, rid: str, external_id: str) -> None:
+    def refund_unheard(self, rid: str, external_id: str) -> None:
         """An admission whose answer never came may have been made: give it back."""
         self._end(Settlement(rid, external_id, 0, 0, 0, "", window_requests_back=1))
 

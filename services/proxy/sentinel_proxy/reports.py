@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def usage_report(view: AccountView, window: WindowPolicy) -> dict[str, Any]:
-    """The caller's limits as the next decision sees them; absent and unlimited ones have `limit` null."""
+    """The caller's limits as the next decision sees them: `limit` null is unlimited, one Zion lacks is left out."""
     return {
         "object": "usage",
         "limits": [

@@ -24,7 +24,9 @@ _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
 # Atomic, or one CRLF would be taken for two ends of a line.
 _EVENT_END: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _EVENT_END_BYTES: Final = 4
-_COMMENTS: Final = re.compile(rb"(?::[^\r\n]*+(?>\r\n|\n|\r))+")
+# Comments and blank lines ahead of an event's first field are no part of it.
+_AHEAD_STARTS: Final = (b":", b"\n", b"\r")
+_AHEAD: Final = re.compile(rb"(?:(?::[^\r\n]*+)?(?>\r\n|\n|\r))*")
 # Of an event too long to be held, these parts say what it was and what it took.
 _HEAD_BYTES: Final = 256
 _TAIL_BYTES: Final = 4_096
@@ -128,7 +130,7 @@ class SseRelay:
         if self._overlong:
             self._observe_overlong(held)
             return b""
-        return held if self._observe(held) else b""
+        return held if self._observe(held) else _ahead(held)
 
     def interrupt(self) -> bytes:
         """When the upstream broke: what must precede an event of our own, so that it stands alone.
@@ -178,11 +180,13 @@ class SseRelay:
             start = match.end()
             if (self.started and not _tells(event)) or self._observe(event):
                 out.append(event)
+            else:
+                out.append(_ahead(event))
         del held[:start]
-        # They keep connections alive, and some upstreams send them without a blank line.
-        if held[:1] == b":" and (b"\n" in chunk or b"\r" in chunk) and (comments := _COMMENTS.match(held)):
-            out.append(comments[0])
-            del held[: comments.end()]
+        if held[:1] in _AHEAD_STARTS and (b"\n" in chunk or b"\r" in chunk):
+            # Comments keep connections alive, and some upstreams send them without a blank line.
+            out.append(ahead := _ahead(held))
+            del held[: len(ahead)]
         if len(held) > self._event_max_bytes:
             out.append(bytes(held))
             self.started = True
@@ -240,7 +244,8 @@ class SseRelay:
         choices = bytes(read.choices)
         empty = choices.startswith(b"[") and not choices[1:-1].strip()
         self.started = self.started or not (empty or kind in _PRELUDE_TYPES)
-        return not (self._hides_usage and usage.startswith(b"{") and (empty or choices == _NULL))
+        nothing_else = empty or (choices == _NULL and not kind)
+        return not (self._hides_usage and nothing_else and usage.startswith(b"{"))
 
 
 def _tells(events: bytes) -> bool:
@@ -251,6 +256,11 @@ def _tells(events: bytes) -> bool:
         or b'"response"' in events  # the whole of it, in the first and last events of the responses API
         or b"[DONE]" in events
     )
+
+
+def _ahead(event: bytes | bytearray) -> bytes:
+    match = _AHEAD.match(event)
+    return match[0] if match else b""
 
 
 def _data(event: bytes) -> bytes:

@@ -80,6 +80,12 @@ def _with_ends(events: tuple[bytes, ...], line_end: bytes) -> tuple[bytes, ...]:
     return tuple(event.replace(b"\n", line_end) for event in events)
 
 
+_SPREAD_OUT: Final = (
+    b'id: 7\ndata:{"choices" : [ ] ,\ndata: "usage": {"prompt_tokens":1,\n'
+    b'data:"completion_tokens":2}\ndata:}\nretry: 5\n\n'
+)
+
+
 RECORDINGS: Final = (
     Recording(name="openai", events=_OPENAI, usage=Usage(11, 7), hidden=frozenset({4})),
     Recording(name="openai, crlf", events=_with_ends(_OPENAI, b"\r\n"), usage=Usage(11, 7), hidden=frozenset({4})),
@@ -88,13 +94,12 @@ RECORDINGS: Final = (
         name="usage-only chunk spread out over lines, without a space, with an id and a comment",
         events=(
             b'data:{"choices":[{"delta":{"content":"a"}}]}\n\n',
-            b': usage follows\nid: 7\ndata:{"choices" : [ ] ,\ndata: "usage": {"prompt_tokens":1,\n'
-            b'data:"completion_tokens":2}\ndata:}\nretry: 5\n\n',
+            b": usage follows\n",
+            _SPREAD_OUT,
             b"data:[DONE]\n\n",
         ),
         usage=Usage(1, 2),
-        # The comment has gone out by then: it keeps the connection alive.
-        hidden=frozenset({1}),
+        hidden=frozenset({2}),
     ),
     Recording(
         name="usage-only chunk without choices",
@@ -199,8 +204,7 @@ RECORDINGS: Final = (
     Recording(
         name="anthropic's messages: input first, output last",
         events=(
-            b'event: message_start\ndata: {"type":"message_start","message":'
-            b'{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
+            b'data: {"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
             b'event: ping\ndata: {"type": "ping"}\n\n',
             b'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"Hi"}}\n\n',
             b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":15}}\n\n',

@@ -17,7 +17,8 @@ have one token each. Any model is served; a name `sim/<part>+<part>...` asks for
 | `usage-zero` | explicit zeros, and nothing is charged |
 | `usage-with-choices` | unasked, on the last chunk that has choices, and no chunk of its own |
 | `usage-running` | unasked, growing on every chunk |
-| `crlf`, `comments`, `no-space`, `events`, `no-done` | CRLF line ends; comment lines; `data:{`; `event:` lines; no `[DONE]` |
+| `crlf`, `comments`, `no-space` | CRLF line ends; comment lines between events; `data:{` |
+| `events`, `no-done` | `event:` lines; no `[DONE]` |
 | `cjk`, `one-byte` | text of three-byte characters; the same, one byte per write |
 | `many-events-per-write` | ten at a time |
 | `gzip` | a compressed JSON answer, where the request accepts it |

@@ -29,9 +29,10 @@ _BREAKS: Final[dict[str, Break]] = {
     "hang-mid-stream": "hang",
     "endless-line": "endless-line",
 }
-_FLAGS: Final = frozenset(
-    ["hang", "cjk", "crlf", "comments", "no-space", "events", "no-done", "one-byte", "many-events-per-write", "gzip", "tools", "reason", "refusal", "json", "over-cap"]
-)
+_FLAGS: Final = {
+    *("hang", "gzip", "over-cap", "tools", "reason", "refusal", "json", "cjk"),
+    *("crlf", "comments", "no-space", "events", "no-done", "one-byte", "many-events-per-write"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def behaviour_of(model: str) -> Behaviour:
         flags = frozenset(word for word in ("tools", "reason") if word in model)
         return Behaviour(flags=flags) if flags else PLAIN
     fields: dict[str, object] = {}
-    flags = set()
+    named: set[str] = set()
     for part in model.removeprefix(PREFIX).split("+"):
         match = _PART.fullmatch(part)
         if match is None:
@@ -78,10 +79,10 @@ def behaviour_of(model: str) -> Behaviour:
         name, number = match[1], None if match[2] is None else int(match[2])
         fields.update(_fields(name, number))
         if name in _FLAGS:
-            flags.add(name)
+            named.add(name)
         if name == "one-byte":
-            flags.add("cjk")
-    return Behaviour(**fields, flags=frozenset(flags))  # type: ignore[arg-type]  # made by _fields
+            named.add("cjk")
+    return Behaviour(**fields, flags=frozenset(named))  # type: ignore[arg-type]  # made by _fields
 
 
 def _fields(name: str, number: int | None) -> dict[str, object]:
@@ -94,8 +95,6 @@ def _fields(name: str, number: int | None) -> dict[str, object]:
         return {"tokens": min(_LONG_TOKENS if number is None else number, TOKENS_MOST)}
     if name == "status" and number is not None and 400 <= number <= 599:
         return {"status": number}
-    if name in _USAGES:
-        return {"usage": _USAGES[name]}
     if name in _BREAKS:
         return {"breaks": _BREAKS[name], "break_after": number}
-    return {}
+    return {"usage": _USAGES[name]} if name in _USAGES else {}

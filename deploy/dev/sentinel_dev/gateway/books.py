@@ -16,6 +16,8 @@ NOBODY: Final = "-"
 
 @dataclass(slots=True)
 class Sum:
+    """What was charged to somebody."""
+
     requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
@@ -91,9 +93,8 @@ class Books:
         self.seen += 1
         self.in_flight += 1
         request_id = exchange.header(b"x-request-id")
-        scope = exchange
         request = Request(
-            self.seen, request_id, at, scope.method, scope.path, scope.query, scope.headers, body, user=NOBODY
+            self.seen, request_id, at, exchange.method, exchange.path, exchange.query, exchange.headers, body
         )
         self.requests.append(request)
         self._body_bytes += len(body)

@@ -122,13 +122,13 @@ class Call:
     def headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", (self.request.id or self.id).encode("latin-1", "replace"))]
 
-    async def count_input(self, kind: str, *told: msgspec.Raw) -> int:
-        """Charges the input: `kind` chat or plain."""
-        count = self.counter.chat if kind == "chat" else self.counter.plain
+    async def count_input(self, told: msgspec.Raw, *extras: msgspec.Raw, chat: bool) -> int:
+        """Charges the input: messages, with what belongs to them, or plain texts."""
+        count = self.counter.chat if chat else self.counter.plain
         if self.counter.exact and len(self.request.body) > _THREAD_FROM_BYTES:
-            tokens = await asyncio.to_thread(count, *told)
+            tokens = await asyncio.to_thread(count, told, *extras)
         else:
-            tokens = count(*told)
+            tokens = count(told, *extras)
         self.request.input_tokens = 0 if self.behaviour.usage == "zero" else tokens
         self.request.charged = True
         return self.request.input_tokens

@@ -23,7 +23,7 @@ async def chat(call: Call) -> None:
     cap = whole(asked.max_completion_tokens, "max_completion_tokens", most)
     cap = cap or whole(asked.max_tokens, "max_tokens", most) or most
     n = whole(asked.n, "n", N_MOST) or 1
-    input_tokens = await call.count_input("chat", asked.messages, asked.tools, asked.response_format)
+    input_tokens = await call.count_input(asked.messages, asked.tools, asked.response_format, chat=True)
     with_tools = wants_tool_answer(call)
     output = make_output(call, last_text(asked.messages), cap, with_tools=with_tools)
     usage = _usage(call, input_tokens, output.tokens * n, output.reasoning * n)
@@ -48,7 +48,7 @@ async def completions(call: Call) -> None:
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     cap = whole(asked.max_tokens, "max_tokens", max_output(call.model)) or _LEGACY_TOKENS
     n = (whole(asked.n, "n", N_MOST) or 1) * (min(len(prompt), N_MOST) if several else 1)
-    input_tokens = await call.count_input("plain", asked.prompt)
+    input_tokens = await call.count_input(asked.prompt, chat=False)
     text = prompt[-1] if several else prompt
     output = make_output(call, text if isinstance(text, str) else "", cap, with_tools=False)
     usage = _usage(call, input_tokens, output.tokens * n, 0)

@@ -24,16 +24,10 @@ _IMAGE_TOKENS: Final = {"low": 85}
 _IMAGE_HIGH_TOKENS: Final = 765
 _DEPTH_MOST: Final = 50
 
-_PATTERN: Final = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
+_PATTERN: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -44,7 +38,7 @@ class Counter(Protocol):
 
     def text(self, text: str) -> int: ...
     def chat(self, messages: msgspec.Raw, *extras: msgspec.Raw) -> int: ...
-    def plain(self, told: msgspec.Raw) -> int: ...
+    def plain(self, told: msgspec.Raw, *extras: msgspec.Raw) -> int: ...
 
 
 class ByLength:
@@ -58,8 +52,8 @@ class ByLength:
     def chat(self, messages: msgspec.Raw, *extras: msgspec.Raw) -> int:
         return -(-(len(memoryview(messages)) + sum(len(memoryview(extra)) for extra in extras)) // 4)
 
-    def plain(self, told: msgspec.Raw) -> int:
-        return -(-len(memoryview(told)) // 4)
+    def plain(self, told: msgspec.Raw, *extras: msgspec.Raw) -> int:
+        return self.chat(told, *extras)
 
 
 class Exact:
@@ -83,10 +77,10 @@ class Exact:
     def chat(self, messages: msgspec.Raw, *extras: msgspec.Raw) -> int:
         told = msgspec.json.decode(messages)
         count = sum(self._message(message) for message in told) + _REPLY_TOKENS if isinstance(told, list) else 0
-        return count + sum(self.text(bytes(extra).decode("utf-8", "replace")) for extra in extras if extra)
+        return count + sum(self.text(bytes(extra).decode("utf-8", "replace")) for extra in extras if memoryview(extra))
 
-    def plain(self, told: msgspec.Raw) -> int:
-        return self._plain(msgspec.json.decode(told), 0) if memoryview(told) else 0
+    def plain(self, told: msgspec.Raw, *extras: msgspec.Raw) -> int:
+        return sum(self._plain(msgspec.json.decode(raw), 0) for raw in (told, *extras) if memoryview(raw))
 
     def _plain(self, told: Any, depth: int) -> int:
         if isinstance(told, str):

@@ -33,7 +33,7 @@ async def embeddings(call: Call) -> None:
     one = isinstance(told, str) or isinstance(told[0], int)
     inputs = [told] if one else told[:_INPUTS_MOST]
     size = whole(asked.dimensions, "dimensions", _DIMENSIONS_MOST) or _DIMENSIONS
-    tokens = await call.count_input("plain", asked.input)
+    tokens = await call.count_input(asked.input, chat=False)
     encoded = asked.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _vector(text, size, encoded=encoded)}
@@ -62,7 +62,7 @@ async def moderations(call: Call) -> None:
 
 async def images(call: Call) -> None:
     """`POST /v1/images/generations`: a picture of no size, with usage."""
-    tokens = await call.count_input("plain", call.asked.prompt)
+    tokens = await call.count_input(call.asked.prompt, chat=False)
     usage = {
         "input_tokens": tokens,
         "output_tokens": _IMAGE_TOKENS,

@@ -22,7 +22,7 @@ async def responses(call: Call) -> None:
     text = bytes(memoryview(asked.input)[:1]) == b'"'
     role = b'"role":"user","content":'
     told = msgspec.Raw(b"[{" + role + bytes(asked.input) + b"}]") if text else asked.input
-    input_tokens = await call.count_input("chat", told, asked.instructions, asked.tools, asked.text)
+    input_tokens = await call.count_input(told, asked.instructions, asked.tools, asked.text, chat=True)
     output = make_output(call, last_text(told), cap, with_tools=wants_tool_answer(call))
     usage = _usage(call, input_tokens, output)
     if asked.stream is True:
@@ -127,7 +127,8 @@ def _events(call: Call, output: Output, usage: dict[str, Any] | None) -> Iterato
         yield event("response.function_call_arguments.done", arguments=output.text, name=output.tool, **where)
     else:
         where = {"item_id": item_id, "output_index": at, "content_index": 0}
-        kind, extra = ("refusal", {}) if output.refusal else ("output_text", {"logprobs": []})
+        kind = "refusal" if output.refusal else "output_text"
+        extra: dict[str, Any] = {} if output.refusal else {"logprobs": []}
         yield event("response.content_part.added", part=_part(output, ""), **where)
         for piece in output.pieces:
             yield event(f"response.{kind}.delta", tokens=1, delta=piece, **extra, **where)

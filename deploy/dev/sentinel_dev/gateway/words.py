@@ -8,10 +8,17 @@ from typing import Any, Final
 
 from sentinel_dev.gateway.behaviour import TOKENS_MOST
 
-WORDS: Final = ["the", "quick", "light", "over", "still", "water", "and", "every", "small", "wind", "some", "new", "sound", "from", "far", "away", "while", "people", "talk", "about", "work", "time", "music", "food", "house", "river", "winter", "city", "road", "train", "paper", "letter", "story", "number", "color", "green", "blue", "red", "white", "black", "open", "close", "near", "long", "short", "high", "low", "good", "great"]
+_WORDS_TEXT: Final = """
+the quick light over still water and every small wind some new sound from far away while people talk about work time
+music food house river winter city road train paper letter story number color green blue red white black open close
+near long short high low good great
+"""
+_CJK_TEXT: Final = "的 一 是 在 不 有 和 人 中 大 上 国 我 要 时 来 生 到 地 出 分 对 成 会 可 の は を が 한 이 가"
+
+WORDS: Final = tuple(_WORDS_TEXT.split())
 """One token each, with a space before them and without, in o200k, cl100k and p50k."""
 
-CJK: Final = ["的", "一", "是", "在", "不", "有", "和", "人", "中", "大", "上", "国", "我", "要", "时", "来", "生", "到", "地", "出", "分", "对", "成", "会", "可", "の", "は", "を", "が", "한", "이", "가"]
+CJK: Final = tuple(_CJK_TEXT.split())
 """One token each in o200k, with a space before them and without."""
 
 _DEFAULT_TOKENS: Final = 16
