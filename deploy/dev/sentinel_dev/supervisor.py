@@ -1,8 +1,8 @@
 """Starts the parts of the system as processes, watches them, and leaves none behind.
 
 All of them are in one process group of their own, together with a keeper (`keeper.py`) that kills the group when this
-process is gone. So a Ctrl-C in the terminal reaches sentinel-dev alone, which stops the parts in order; and a SIGKILL of
-sentinel-dev, which it cannot see coming, ends them all the same, their own children included.
+process is gone. So a Ctrl-C in the terminal reaches sentinel-dev alone, which stops the parts in order; and a SIGKILL
+of sentinel-dev, which it cannot see coming, ends them all the same, their own children included.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import signal
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
@@ -41,9 +41,8 @@ class Part:
 class PartFailed(Exception):
     """A part ended by itself, or did not become ready; `last_lines` are what it said before, the latest last."""
 
-    def __init__(self, part: Part, what: str, *, code: int | None, last_lines: Sequence[str]) -> None:
-        super().__init__(f"{part.name} {what}")
-        self.code = code
+    def __init__(self, part: str, what: str, *, last_lines: Iterable[str]) -> None:
+        super().__init__(f"{part} {what}")
         self.last_lines = list(last_lines)
 
 
@@ -70,7 +69,7 @@ class Supervisor:
         self._keeper = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", str(_KEEPER), stdin=asyncio.subprocess.PIPE, process_group=0
         )
-        self._watch(self._keeper, None)
+        self._watching.add(asyncio.create_task(self._until_ended("keeper", self._keeper)))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -89,10 +88,15 @@ class Supervisor:
         children = [await self._spawn(part) for part in parts]
         waiting = [asyncio.create_task(self._until_ready(child, on_ready)) for child in children]
         try:
-            await self._or_failure(asyncio.gather(*waiting))
+            ready = asyncio.ensure_future(asyncio.gather(*waiting))
+            await asyncio.wait([ready, self._failed], return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            await ready
         finally:
             for task in waiting:
                 task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def watch(self) -> None:
         """Until a part ends by itself: raises PartFailed."""
@@ -115,11 +119,6 @@ class Supervisor:
         if self._keeper is not None and self._keeper.stdin is not None:
             self._keeper.stdin.close()
 
-    @property
-    def pids(self) -> dict[str, int]:
-        """Of the parts, by name."""
-        return {child.part.name: child.process.pid for child in self._children}
-
     async def _spawn(self, part: Part) -> _Child:
         if self._keeper is None:
             raise RuntimeError("not entered")
@@ -136,7 +135,7 @@ class Supervisor:
         child = _Child(part, process)
         child.reading = asyncio.create_task(self._read(child))
         self._children.append(child)
-        self._watch(process, child)
+        self._watching.add(asyncio.create_task(self._until_ended(part.name, process, child)))
         return child
 
     async def _read(self, child: _Child) -> None:
@@ -155,41 +154,21 @@ class Supervisor:
     async def _until_ready(self, child: _Child, on_ready: Callable[[Part], None]) -> None:
         try:
             async with asyncio.timeout(_READY_WITHIN_S):
-                while not await _is_ready(child.part):
+                while not await _is_ready(child.part):  # noqa: ASYNC110  it is another process that is waited for
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             what = f"is not ready after {_READY_WITHIN_S:g} s"
-            raise PartFailed(child.part, what, code=None, last_lines=child.tail) from None
+            raise PartFailed(child.part.name, what, last_lines=child.tail) from None
         on_ready(child.part)
 
-    async def _or_failure(self, work: asyncio.Future[list[None]]) -> None:
-        await asyncio.wait({work, self._failed}, return_when=asyncio.FIRST_COMPLETED)
-        if self._failed.done():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-            self._failed.result()
-        await work
-
-    def _watch(self, process: asyncio.subprocess.Process, child: _Child | None) -> None:
-        task = asyncio.create_task(self._until_ended(process, child))
-        self._watching.add(task)
-
-    async def _until_ended(self, process: asyncio.subprocess.Process, child: _Child | None) -> None:
+    async def _until_ended(self, name: str, process: asyncio.subprocess.Process, child: _Child | None = None) -> None:
         code = await process.wait()
-        if child is None:
-            keeper = Part(name="keeper", command=(), environ={}, ready=_always, where="")
-            failure = PartFailed(keeper, _ending(code), code=code, last_lines=())
-        else:
-            if child.reading is not None:
-                await asyncio.wait({child.reading}, timeout=_LAST_WORDS_S)
-            failure = PartFailed(child.part, _ending(code), code=code, last_lines=child.tail)
+        if child is not None and child.reading is not None:
+            await asyncio.wait({child.reading}, timeout=_LAST_WORDS_S)
+        failure = PartFailed(name, _ending(code), last_lines=child.tail if child is not None else ())
         if not self._failed.done():
             self._failed.set_exception(failure)
             self._failed.exception()  # a stop that nobody waits for is no error
-
-
-async def _always() -> bool:
-    return True
 
 
 async def _is_ready(part: Part) -> bool:

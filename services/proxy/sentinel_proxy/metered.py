@@ -316,7 +316,9 @@ class _Outlet:
     def broken(self, error: UpstreamError) -> bytes:
         """The event that tells the client; counted."""
         self._metrics.upstream_errors.labels("mid_stream").inc()
-        return render_event(as_answer(error), named=self.job.asked.endpoint.kind == "responses")
+        answer = as_answer(error)
+        answer.message = "The AI gateway's answer broke off."
+        return render_event(answer, named=self.job.asked.endpoint.kind == "responses")
 
 
 class _Abandonment:
@@ -396,9 +398,20 @@ async def _charge_counted(tools: Toolbox, job: _Job, produced: SseRelay | _Whole
         output_tokens = await tools.counter.count_output(
             job.asked.endpoint.kind, produced.events(), job.asked.request.model, events_bytes=produced.read_bytes
         )
-        # Of what was not remembered only the length is known: an event of one token takes a hundred bytes and more.
-        output_tokens += produced.unread_bytes // 100
+        if produced.unread_bytes:
+            # Too long to be remembered whole: an event is a token, more or less, and none beyond what was allowed.
+            seen_tokens = min(job.running.output_tokens_seen, _most_output_tokens(tools, job))
+            output_tokens = max(output_tokens, seen_tokens)
     tools.meter.charge(job.running, input_tokens=input_tokens, output_tokens=output_tokens, counted_here=True)
+
+
+def _most_output_tokens(tools: Toolbox, job: _Job) -> int:
+    """However long an answer looks, the upstream cannot have generated more than it was allowed."""
+    granted = job.admission.granted_output_tokens
+    if granted >= 0 and tools.settings.quota_mode is QuotaMode.STRICT:
+        return granted
+    request = job.asked.request
+    return (request.cap_tokens or tools.models.max_output_tokens(request.model)) * request.choices
 
 
 class _Whole:
