@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 _KEEPER: Final = Path(__file__).with_name("keeper.py")
 _READY_WITHIN_S: Final = 60.0
@@ -88,8 +88,9 @@ class Supervisor:
         children = [await self._spawn(part) for part in parts]
         waiting = [asyncio.create_task(self._until_ready(child, on_ready)) for child in children]
         try:
-            ready = asyncio.ensure_future(asyncio.gather(*waiting))
-            await asyncio.wait([ready, self._failed], return_when=asyncio.FIRST_COMPLETED)
+            ready = asyncio.gather(*waiting)
+            either: set[asyncio.Future[Any]] = {ready, self._failed}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
                 self._failed.result()
             await ready

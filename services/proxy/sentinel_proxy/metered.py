@@ -396,7 +396,10 @@ async def _charge_counted(tools: Toolbox, job: _Job, produced: SseRelay | _Whole
     output_tokens = 0
     if job.asked.endpoint.generates:
         output_tokens = await tools.counter.count_output(
-            job.asked.endpoint.kind, produced.events(), job.asked.request.model, events_bytes=produced.read_bytes
+            job.asked.endpoint.kind,
+            produced.events(),
+            job.asked.request.model,
+            events_bytes=produced.read_bytes - produced.unread_bytes,
         )
         if produced.unread_bytes:
             # Too long to be remembered whole: an event is a token, more or less, and none beyond what was allowed.

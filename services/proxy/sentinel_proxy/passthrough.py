@@ -100,8 +100,9 @@ async def _charge(tools: Toolbox, path: str, running: Running, reader: _UsageRea
     output_tokens = 0
     if usage is None and reader.relay is not None and reader.relay.started:
         kind: Kind = "responses" if "/responses" in path else "chat"
+        relay = reader.relay
         output_tokens = await tools.counter.count_output(
-            kind, reader.relay.events(), "", events_bytes=reader.relay.read_bytes
+            kind, relay.events(), "", events_bytes=relay.read_bytes - relay.unread_bytes
         )
     usage = usage or Usage(0, output_tokens)
     tools.meter.charge(running, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
