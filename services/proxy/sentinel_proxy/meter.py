@@ -39,6 +39,7 @@ class Running:
 
     rid: str
     external_id: str
+    request_id: str
     model: str
     endpoint: str
     renew_at_s: float
@@ -51,6 +52,7 @@ class _Event(msgspec.Struct, omit_defaults=True):
 
     rid: str
     external_id: str
+    request_id: str
     model: str
     endpoint: str
     outcome: str
@@ -91,9 +93,9 @@ class Meter:
         """Requests that hold a reservation."""
         return len(self._running)
 
-    def begin(self, *, rid: str, external_id: str, model: str, endpoint: str) -> Running:
+    def begin(self, *, rid: str, external_id: str, request_id: str, model: str, endpoint: str) -> Running:
         """From now on the reservation is kept alive; `charge` or `refund` ends it."""
-        running = Running(rid, external_id, model, endpoint, self._clock.monotonic_s() + self._renew_s)
+        running = Running(rid, external_id, request_id, model, endpoint, self._clock.monotonic_s() + self._renew_s)
         self._running[rid] = running
         return running
 
@@ -115,6 +117,7 @@ class Meter:
         event = _Event(
             running.rid,
             running.external_id,
+            running.request_id,
             running.model,
             running.endpoint,
             "charged",

@@ -105,6 +105,7 @@ class _Asked:
     endpoint: Endpoint
     request: MeteredRequest
     raw: bytes
+    request_id: str
     served: Served
     began_s: float
 
@@ -142,7 +143,7 @@ async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: 
     began_s = time.perf_counter()
     request = endpoint.parse(raw)
     served.model = request.model
-    job = await _admit(tools, _Asked(endpoint, request, raw, served, began_s))
+    job = await _admit(tools, _Asked(endpoint, request, raw, exchange.request_id, served, began_s))
     try:
         if request.streamed:
             await _forward_stream(tools, job, exchange)
@@ -179,7 +180,13 @@ async def _admit(tools: Toolbox, asked: _Asked) -> _Job:
     rid = tools.new_rid()
     cost = _cost(tools, asked, input_tokens)
     admission = await tools.limiter.admit(rid=rid, external_id=external_id, cost=cost)
-    running = tools.meter.begin(rid=rid, external_id=external_id, model=model, endpoint=asked.endpoint.path)
+    running = tools.meter.begin(
+        rid=rid,
+        external_id=external_id,
+        request_id=asked.request_id,
+        model=model,
+        endpoint=asked.endpoint.path,
+    )
     return _Job(asked, family, local_tokens, not spare_tokens, input_tokens, admission, running)
 
 

@@ -35,7 +35,9 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
     exchange.check_length(max_bytes=max_bytes)
     rid = tools.new_rid()
     admission = await tools.limiter.admit(rid=rid, external_id=external_id, cost=Cost(0, 0, 0))
-    running = tools.meter.begin(rid=rid, external_id=external_id, model="", endpoint="passthrough")
+    running = tools.meter.begin(
+        rid=rid, external_id=external_id, request_id=exchange.request_id, model="", endpoint="passthrough"
+    )
     if exchange.query:
         path += "?" + exchange.query.decode("latin-1")
     body = None if exchange.method in _BODYLESS else exchange.body_pieces(max_bytes=max_bytes)
