@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sentinel_shared.settings import PORT, REDIS_URL, CommonSettings, decimal, optional, whole
+from sentinel_shared.settings import ON_OR_OFF, PORT, REDIS_URL, CommonSettings, decimal, optional, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class Settings(CommonSettings):
     port: int = optional("SENTINEL_PORT", PORT, "8081")
     usage_flush_s: float = optional("USAGE_FLUSH_SECONDS", decimal("seconds", 0, 300), "2")
     usage_batch_items: int = optional("USAGE_BATCH_ITEMS", whole("items", 1, 1_000), "1000")
+    zion_idempotency: bool = optional("ZION_IDEMPOTENCY", ON_OR_OFF, "on")
     own_arq_redis_url: str | None = optional("ARQ_REDIS_URL", REDIS_URL)
 
     @property
