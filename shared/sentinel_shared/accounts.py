@@ -342,9 +342,17 @@ class Accounts:
         shard = keys.shard_of(external_id)
         await self._lane.submit(keys.due(shard), "ZADD", keys.due(shard), int(now_s * 1000), external_id)
 
-    async def accounts_due(self, shard: int) -> int:
-        """How many users of a shard are on the refresh list."""
-        return cast("int", await self._lane.submit(keys.due(shard), "ZCARD", keys.due(shard)))
+    async def unmark_due(self, external_id: str) -> None:
+        """Take the user off the refresh list; the next request puts it on again."""
+        key = keys.due(keys.shard_of(external_id))
+        await self._lane.submit(key, "ZREM", key, external_id)
+
+    async def refresh_list(self, shard: int) -> tuple[int, float | None]:
+        """How many users of a shard are kept fresh, and when the first of them is due (Unix s; None: there is none)."""
+        key = keys.due(shard)
+        count, first = self._lane.submit(key, "ZCARD", key), self._lane.submit(key, "ZRANGE", key, 0, 0, "WITHSCORES")
+        users, due = cast("int", await count), cast("list[bytes]", await first)
+        return users, float(due[1]) / 1000 if due else None
 
 
 @dataclass(frozen=True, slots=True)

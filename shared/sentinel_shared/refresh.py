@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 REFRESH_AHEAD: Final = 0.8
 JITTER: Final = 0.1
+_LATENCY_WEIGHT: Final = 0.1
+_ROUND_S: Final = 0.1
+"""limits-sync looks every 200 ms who is due."""
 
 
 class LimitsRefresher:
@@ -38,6 +41,7 @@ class LimitsRefresher:
         self._freshness = freshness
         self._clock = clock
         self._uniform = uniform
+        self._latency_s = 0.0
 
     async def refresh(self, external_id: str, *, background: bool) -> CommitOutcome:
         """Ask Zion once and commit its answer; OVERTAKEN means that someone else has just committed a newer one.
@@ -47,17 +51,20 @@ class LimitsRefresher:
         Raises UnknownUser (remembered for all replicas), ZionUnavailable, ZionRefusedKey, and the lane's errors.
         """
         start = await self._accounts.refresh_begin(external_id)
+        asked_s = self._clock.monotonic_s()
         try:
             limits = await self._zion.limits(external_id, background=background)
         except UnknownUser:
             await self._note_unknown(external_id)
             raise
+        self._latency_s += _LATENCY_WEIGHT * (self._clock.monotonic_s() - asked_s - self._latency_s)
+        fresh_s = self._freshness.fresh_ms / 1000
         return await self._accounts.refresh_commit(
             external_id=external_id,
             start=start,
             limits=limits,
             freshness=self._freshness,
-            next_refresh_s=self._freshness.fresh_ms / 1000 * next_refresh_share(self._uniform()),
+            next_refresh_s=next_refresh_s(fresh_s, latency_s=self._latency_s, uniform=self._uniform()),
             now_s=self._clock.unix_s(),
         )
 
@@ -68,6 +75,11 @@ class LimitsRefresher:
             return  # the next request asks Zion again
 
 
-def next_refresh_share(uniform: float) -> float:
-    """After which share of their life limits are refreshed: 80 % +- 10 %, for `uniform` in [0, 1)."""
-    return REFRESH_AHEAD + JITTER * (2 * uniform - 1)
+def next_refresh_s(fresh_s: float, *, latency_s: float, uniform: float) -> float:
+    """When to refresh limits that are fresh for `fresh_s`: at 80 % +- 10 %, so that users spread out.
+
+    Earlier where Zion takes so long (`latency_s`) that its answer would come too late. `uniform` is in [0, 1).
+    """
+    usual_s = fresh_s * (REFRESH_AHEAD + JITTER * (2 * uniform - 1))
+    in_time_s = fresh_s - 1.05 * latency_s - _ROUND_S
+    return max(0.1 * fresh_s, min(usual_s, in_time_s))

@@ -287,9 +287,8 @@ class System:
 
     def client(self, user: User, proxy: Server | None = None, **options: Any) -> openai.OpenAI:
         """The official SDK for this user, without its retries."""
-        return openai.OpenAI(
-            base_url=f"{(proxy or self.proxies[0]).url}/v1", api_key=user.token, **{"max_retries": 0, **options}
-        )
+        told = {"max_retries": 0, "http_client": self.http, **options}
+        return openai.OpenAI(base_url=f"{(proxy or self.proxies[0]).url}/v1", api_key=user.token, **told)
 
     def post(
         self, user: User, body: Any, path: str = "chat/completions", proxy: Server | None = None

@@ -35,12 +35,13 @@ async def run(queue: UsageQueue, options: argparse.Namespace) -> int:
     letters = {letter.letter_id: letter for letter in await queue.dead_letters()}
     if options.action == "list":
         for letter in letters.values():
-            print(json.dumps(asdict(letter)) if options.json else _line(letter))
+            text = json.dumps(asdict(letter)) if options.json else _line(letter)
+            sys.stdout.write(text + "\n")
         return 0
     if options.action == "show":
         if options.id not in letters:
             return _missing([options.id])
-        print(json.dumps(asdict(letters[options.id]), indent=2))
+        sys.stdout.write(json.dumps(asdict(letters[options.id]), indent=2) + "\n")
         return 0
     wanted: Sequence[str] = list(letters) if options.action == "replay" and options.all else options.ids
     if not wanted and not (options.action == "replay" and options.all):
@@ -52,7 +53,7 @@ async def run(queue: UsageQueue, options: argparse.Namespace) -> int:
         if name in letters:
             letter = letters[name]
             done += await (queue.replay(letter) if options.action == "replay" else queue.drop(letter))
-    print(f"{done} {'replayed' if options.action == 'replay' else 'dropped'}")
+    sys.stdout.write(f"{done} {'replayed' if options.action == 'replay' else 'dropped'}" + "\n")
     return _missing(missing) if missing else 0
 
 

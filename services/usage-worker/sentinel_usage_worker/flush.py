@@ -1,4 +1,4 @@
-"""From the queue to Zion: whatever Zion answers, each unit of usage ends in its books, in the queue again, or as a dead letter."""
+"""From the queue to Zion: each unit ends in Zion's books, in the queue again, or as a dead letter."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ _BATCH_ROUTE_PROBE_S: Final = 600.0
 _REAP_AT_ONCE: Final = 100
 
 _log: Final = logging.getLogger(__name__)
-_LATER: Final = IncrementResult(applied=False, permanent=False, new_value=None, error=None)
 
 
 class Flusher:
@@ -157,7 +156,7 @@ class Flusher:
     async def _results(self, batch: Batch, increments: list[Increment]) -> list[IncrementResult] | None:
         """Zion's word on each item; None when the batch was split instead."""
         if batch.attempts > 1 and not self._idempotent and not batch.done:
-            known = await self._already_applied(batch, increments)
+            known = await self._already_applied(increments)
             if known is not None:
                 return known
         if batch.done or self._clock.monotonic_s() < self._no_batch_until_s:
@@ -207,7 +206,7 @@ class Flusher:
         except ZionRouteMissing as error:
             raise ZionUnavailable("Zion has no increment endpoint at all", outcome_unknown=False) from error
 
-    async def _already_applied(self, batch: Batch, increments: list[Increment]) -> list[IncrementResult] | None:
+    async def _already_applied(self, increments: list[Increment]) -> list[IncrementResult] | None:
         """For a Zion that does not honour keys: whether its `used` says that the batch of unknown fate was applied.
 
         All or nothing: only when every item is seen to be in, nothing is sent again. Other writers can mislead it.

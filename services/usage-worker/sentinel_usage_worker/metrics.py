@@ -26,8 +26,12 @@ class WorkerMetrics:
             "sentinel_usage_batch_items", "Items of a batch", buckets=(1, 3, 10, 30, 100, 300, 1000), registry=registry
         )
         self.flush_seconds = Histogram("sentinel_usage_flush_seconds", "Zion's part of a batch", registry=registry)
-        self.flushes = Counter("sentinel_usage_flushes_total", "Batches by what became of them", ["result"], registry=registry)
-        self.increments = Counter("sentinel_usage_increments_total", "Items by Zion's word", ["result"], registry=registry)
+        self.flushes = Counter(
+            "sentinel_usage_flushes_total", "Batches by what became of them", ["result"], registry=registry
+        )
+        self.increments = Counter(
+            "sentinel_usage_increments_total", "Items by Zion's word", ["result"], registry=registry
+        )
         self.reaped = Counter("sentinel_usage_reaped_total", "Reservations whose proxy died", registry=registry)
         self.breaker_open = Gauge(
             "sentinel_breaker_open", "1 while the breaker towards it is not closed", ["dependency"], registry=registry

@@ -1,4 +1,4 @@
-"""The usage worker put together: arq ticks, the flusher works, the status server tells. arq is the runtime, never the ledger."""
+"""The usage worker put together: arq ticks, the flusher works. arq is the runtime, never the ledger."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import signal
 import socket
 from contextlib import AsyncExitStack
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from arq.connections import ArqRedis
 from arq.cron import cron
@@ -78,7 +78,7 @@ async def run(settings: Settings) -> int:
                 raise RedisUnavailable("arq is not running")
             return 0.0
 
-        breaker = Breaker(clock, random.Random())
+        breaker = Breaker(clock, random.Random())  # noqa: S311 - jitter
         health = Health(
             {"redis": redis, "arq": arq},
             needed=["redis", "arq"],
@@ -145,7 +145,7 @@ async def _until_connected(settings: Settings, storm: StormGuard, stopping: asyn
 async def _tick(
     settings: Settings, flusher: Flusher, parts: dict[str, Any], storm: StormGuard, clock: SystemClock
 ) -> None:
-    """arq's worker ends with its Redis connection: start it anew, with a pause that grows and is jittered."""
+    """Arq's worker ends with its Redis connection: start it anew, with a pause that grows and is jittered."""
     pause_s = 0.1
     while True:
         began_s = clock.monotonic_s()
@@ -153,12 +153,12 @@ async def _tick(
             await _run_arq(settings, flusher, parts)
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # whatever ended arq must not end this process
+        except Exception as error:  # noqa: BLE001 - whatever ended arq must not end this process
             storm.log_once_per_s(logging.WARNING, "arq", f"arq stopped and is started again: {type(error).__name__}")
         finally:
             parts["arq"] = False
         pause_s = 0.1 if clock.monotonic_s() - began_s > 10 else min(5.0, pause_s * 2)
-        await clock.sleep(random.uniform(pause_s / 2, pause_s))
+        await clock.sleep(random.uniform(pause_s / 2, pause_s))  # noqa: S311 - jitter
 
 
 async def _run_arq(settings: Settings, flusher: Flusher, parts: dict[str, Any]) -> None:
@@ -176,8 +176,17 @@ async def _run_arq(settings: Settings, flusher: Flusher, parts: dict[str, Any]) 
     every_second = set(range(60))
     worker = Worker(
         cron_jobs=[
-            cron(flush, name="flush", second=every_second, unique=True, timeout=_TICK_TIMEOUT_S, keep_result=0),
-            cron(reap, name="reap", second=every_second, unique=True, timeout=_TICK_TIMEOUT_S, keep_result=0),
+            cron(
+                cast("Any", flush),
+                name="flush",
+                second=every_second,
+                unique=True,
+                timeout=_TICK_TIMEOUT_S,
+                keep_result=0,
+            ),
+            cron(
+                cast("Any", reap), name="reap", second=every_second, unique=True, timeout=_TICK_TIMEOUT_S, keep_result=0
+            ),
         ],
         redis_pool=pool,
         queue_name=QUEUE_NAME,
