@@ -40,13 +40,19 @@ _decode_body: Final = msgspec.json.Decoder(_Body).decode
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Usage frozen under an id: `body` is exactly what Zion is sent, every time. `done` has the items known already."""
+    """Usage frozen under an id: `body` is exactly what Zion is sent, every time.
+
+    `maybe_applied`: an earlier attempt's fate is unknown, so nothing but the same bytes by the same way is safe.
+    `singles`: it is being sent item by item; `done` has the items known already.
+    """
 
     batch_id: str
     shard: int
     body: bytes
     claimed_ms: int
     attempts: int
+    maybe_applied: bool = False
+    singles: bool = False
     done: dict[int, IncrementResult] = field(default_factory=dict)
 
     def increments(self) -> list[Increment]:
@@ -127,14 +133,34 @@ class UsageQueue:
         reply = cast("list[bytes]", await self._lane.call(self._scripts.lease_batch, (keys.batches(shard),), args))
         if not reply:
             return None
-        batch_id, body, _, claimed_ms, attempts, *known = reply
+        batch_id, body, claimed_ms, attempts, cleared, singles, *known = reply
         done = {int(known[i]): msgspec.json.decode(known[i + 1], type=IncrementResult) for i in range(0, len(known), 2)}
-        return Batch(batch_id.decode(), shard, body, int(claimed_ms), int(attempts), done)
+        return Batch(
+            batch_id.decode(),
+            shard,
+            body,
+            int(claimed_ms),
+            int(attempts),
+            maybe_applied=int(attempts) - 1 != int(cleared),
+            singles=singles == b"1",
+            done=done,
+        )
 
     async def postpone(self, batch: Batch, *, until_ms: int) -> None:
         """Nobody sends this batch before `until_ms` (Unix ms): its lease renewed, or its back-off."""
         key = keys.batches(batch.shard)
         await self._lane.submit(key, "ZADD", key, "XX", until_ms, batch.batch_id)
+
+    async def note_not_applied(self, batch: Batch) -> None:
+        """The attempt surely was not applied; if none before it may have been, the next is free to choose its way."""
+        if not batch.maybe_applied:
+            key = keys.batch_prefix(batch.shard) + batch.batch_id
+            await self._lane.submit(key, "HSET", key, "cleared", batch.attempts)
+
+    async def note_singles(self, batch: Batch) -> None:
+        """From now on this batch is sent item by item, whoever sends it."""
+        key = keys.batch_prefix(batch.shard) + batch.batch_id
+        await self._lane.submit(key, "HSET", key, "singles", 1)
 
     async def note_done(self, batch: Batch, index: int, result: IncrementResult) -> None:
         """Remember the fate of one item of a batch that is sent item by item."""

@@ -12,7 +12,7 @@ _SYSTEM = pytest.StashKey[System]()
 def system(tmp_path_factory, request):
     """Three proxies, two workers, one limits-sync on one Redis. Tests make users of their own."""
     with System(tmp_path_factory.mktemp("system"), USAGE_FLUSH_SECONDS="0.5") as running:
-        running.start_all("proxy", "proxy", "proxy", "usage-worker")  # TEMPORARY
+        running.start_all("proxy", "proxy", "proxy", "usage-worker", "usage-worker", "limits-sync")
         request.config.stash[_SYSTEM] = running
         yield running
 

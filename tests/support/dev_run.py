@@ -62,7 +62,7 @@ class DevRun:
     def descendants(self) -> dict[int, str]:
         """Pids and commands of all that it has started and that still runs."""
         listed = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,args="], check=True, capture_output=True, text=True
+            ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], check=True, capture_output=True, text=True
         ).stdout.splitlines()
         rows = [line.split(None, 2) for line in listed]
         found: dict[int, str] = {}

@@ -48,6 +48,8 @@ def main() -> None:
     except NotPossible as error:
         console.complain(str(error))
         code = 1
+    except KeyboardInterrupt:
+        code = 0  # so early that nothing had been started
     sys.exit(code)
 
 

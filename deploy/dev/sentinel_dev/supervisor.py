@@ -86,18 +86,16 @@ class Supervisor:
     async def start(self, parts: Sequence[Part], on_ready: Callable[[Part], None]) -> None:
         """Starts the parts, and returns when all are ready. Raises PartFailed."""
         children = [await self._spawn(part) for part in parts]
-        waiting = [asyncio.create_task(self._until_ready(child, on_ready)) for child in children]
+        ready = asyncio.gather(*(self._until_ready(child, on_ready) for child in children))
+        either: set[asyncio.Future[Any]] = {ready, self._failed}
         try:
-            ready = asyncio.gather(*waiting)
-            either: set[asyncio.Future[Any]] = {ready, self._failed}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
                 self._failed.result()
             await ready
         finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
 
     async def watch(self) -> None:
         """Until a part ends by itself: raises PartFailed."""

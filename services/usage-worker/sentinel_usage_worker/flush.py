@@ -136,6 +136,8 @@ class Flusher:
             await self._postpone(batch, _BACKOFF_MOST_S)
             return False
         except ZionUnavailable as error:
+            if not error.outcome_unknown and not batch.singles:
+                await self._queue.note_not_applied(batch)
             self._metrics.flushes.labels("unknown").inc()
             self._storm.log_once_per_s(logging.WARNING, "zion", f"usage waits: {error}")
             await self._postpone(batch, max(self._backoff_s(batch.attempts), error.retry_after_s or 0.0))
@@ -155,23 +157,38 @@ class Flusher:
 
     async def _results(self, batch: Batch, increments: list[Increment]) -> list[IncrementResult] | None:
         """Zion's word on each item; None when the batch was split instead."""
-        if batch.attempts > 1 and not self._idempotent and not batch.done:
+        if batch.maybe_applied and not self._idempotent and not batch.singles:
             known = await self._already_applied(increments)
             if known is not None:
                 return known
-        if batch.done or self._clock.monotonic_s() < self._no_batch_until_s:
+        no_batch_route = self._clock.monotonic_s() < self._no_batch_until_s
+        if batch.singles or (no_batch_route and self._free_to_choose(batch)):
             return await self._one_by_one(batch, increments)
         try:
             return await self._zion.increment_batch(batch.body, batch.batch_id, len(increments))
         except ZionRouteMissing:
             self._no_batch_until_s = self._clock.monotonic_s() + _BATCH_ROUTE_PROBE_S
+            self._expect_free_to_choose(batch)
             return await self._one_by_one(batch, increments)
         except ZionRejected as error:
             self._metrics.flushes.labels("rejected").inc()
             _log.warning("Zion rejected a batch as a whole: %s", error)
+            self._expect_free_to_choose(batch)
             if await self._queue.split(batch, first_id=uuid4().hex, second_id=uuid4().hex):
                 return None
             return await self._one_by_one(batch, increments)
+
+    def _free_to_choose(self, batch: Batch) -> bool:
+        """Whether the batch may go under other keys: an earlier attempt that was perhaps applied would be doubled.
+
+        After ten minutes in which Zion never recognised its key the risk is taken, so that usage is not stuck.
+        """
+        age_s = self._clock.unix_s() - batch.claimed_ms / 1000
+        return not batch.maybe_applied or age_s > _BATCH_ROUTE_PROBE_S
+
+    def _expect_free_to_choose(self, batch: Batch) -> None:
+        if not self._free_to_choose(batch):
+            raise ZionUnavailable("Zion refused a batch that it may have applied before; its key is tried again")
 
     async def _one_by_one(self, batch: Batch, increments: list[Increment]) -> list[IncrementResult]:
         """Each under its own key; what is known is remembered, so that another worker can go on from there."""
@@ -185,6 +202,7 @@ class Flusher:
             await self._queue.note_done(batch, index, result)
             return result
 
+        await self._queue.note_singles(batch)
         keeping = asyncio.create_task(self._keep_lease(batch))
         try:
             outcomes = await asyncio.gather(
@@ -202,6 +220,7 @@ class Flusher:
         try:
             return await self._zion.increment(increment, f"{batch.batch_id}:{index}")
         except (ZionRejected, UnknownUser) as error:
+            self._expect_free_to_choose(batch)
             return IncrementResult(applied=False, permanent=True, new_value=None, error=str(error))
         except ZionRouteMissing as error:
             raise ZionUnavailable("Zion has no increment endpoint at all", outcome_unknown=False) from error
