@@ -18,7 +18,7 @@ end
 if tonumber(ARGV[1]) > 0 then
   turn(KEYS[1], a, math.floor(now_ms * BUCKETS / ARGV[1]))
 end
-a[#a + 1] = now_ms
+a[48] = now_ms -- where `unpack` left the position that it stopped at
 local r = {}
 for i = 1, #a do
   r[i] = string.format('%d', a[i])
