@@ -1,8 +1,8 @@
 """`python -m tests.bench`: what a request costs, beside others, in interleaved rounds; ratios are what to trust.
 
 CPU is read from /proc per process tree; Sentinel has everything on (auth, limits, the window, counting, usage queued,
-queued, metrics, a log line a request), and Redis's share is told apart. Prints one table, and writes it to `build/bench.md`
-and `build/bench.json`. It reports, it never judges.
+metrics, a log line a request), and Redis's share is told apart. Prints one table, and writes it to `build/bench.md` and
+`build/bench.json`. It reports, it never judges.
 """
 
 from __future__ import annotations

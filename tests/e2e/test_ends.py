@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -37,7 +38,9 @@ def deltas(line: str) -> int:
     return sum(bool(choice["delta"].get("content")) for choice in json.loads(line[6:]).get("choices", []))
 
 
-async def read_stream(client: httpx.AsyncClient, proxy: Server, body: dict, begun: asyncio.Semaphore) -> list[str]:
+async def read_stream(
+    client: httpx.AsyncClient, proxy: Server, body: dict[str, Any], begun: asyncio.Semaphore
+) -> list[str]:
     """All lines; `begun` is released with the first one."""
     lines: list[str] = []
     async with client.stream("POST", f"{proxy.url}/v1/chat/completions", json=body) as answer:

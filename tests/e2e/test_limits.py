@@ -8,6 +8,7 @@ import hmac
 import json
 import time
 from collections import Counter
+from typing import Any
 
 import httpx
 import openai
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("e2e-system")
 MODEL = "openai/gpt-4o"
 
 
-async def post_all(system: System, user: User, bodies: list[dict]) -> list[httpx.Response]:
+async def post_all(system: System, user: User, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
     """All at once, in turn to each of the proxies; streams are read to their end."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(headers=user.headers, timeout=60, limits=limits) as client:

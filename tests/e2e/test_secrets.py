@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httpx
 import openai
@@ -20,7 +21,7 @@ def test_prompts_and_tokens_are_in_no_log_no_error_no_metric_and_not_in_redis(sy
     user = system.add_user({"ai_requests": 9}, external_id=None)
     url = f"{proxy.url}/v1"
 
-    def told(model: str, **fields) -> dict:
+    def told(model: str, **fields) -> dict[str, Any]:
         prompt = {"role": "user", "content": f"my secret is {CANARY}"}
         return chat_body(user, model, **fields) | {"messages": [prompt]}
 

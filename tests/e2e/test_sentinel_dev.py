@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+from typing import Any
 
 import httpx
 import openai
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.xdist_group("e2e-dev")
 MODEL = "openai/gpt-4o"
 HELLO = [{"role": "user", "content": "say 7 tokens"}]
 PARTS = [
-    "--appendonly yes",
+    "valkey-server",
     "simulate zion",
     "simulate gateway",
     "sentinel-proxy",
@@ -59,7 +60,7 @@ def test_the_official_sdk_does_all_that_it_can_do(dev, http):
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 7
-    chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True))
+    chunks: list[Any] = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True))
     assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) == 7
     assert MODEL in {model.id for model in client.models.list()}
     assert client.models.retrieve(MODEL).id == MODEL
@@ -136,7 +137,7 @@ def test_sigkill_of_sentinel_dev_leaves_no_process(tmp_path):
         eventually(lambda: dev.left_over() == [], within_s=5)
 
 
-@pytest.mark.parametrize(("words", "name"), [("sentinel-usage-worker", "usage-worker"), ("--appendonly yes", "redis")])
+@pytest.mark.parametrize(("words", "name"), [("sentinel-usage-worker", "usage-worker"), ("valkey-server", "redis")])
 def test_a_part_that_dies_is_named_and_ends_all(tmp_path, words, name):
     with DevRun(tmp_path) as dev:
         dev.until_ready()

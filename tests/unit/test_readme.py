@@ -9,11 +9,12 @@ import pytest
 
 from sentinel_limits_sync.settings import Settings as LimitsSyncSettings
 from sentinel_proxy.settings import Settings as ProxySettings
+from sentinel_shared.settings import CommonSettings
 from sentinel_usage_worker.settings import Settings as UsageWorkerSettings
 
 README = Path(__file__).parents[2] / "README.md"
 ROW = re.compile(r"^\| `(?P<name>[A-Z_]+)` \| (?P<default>.*?) \| (?P<readers>[PWS ]+) \|", re.MULTILINE)
-READERS = {"P": ProxySettings, "W": UsageWorkerSettings, "S": LimitsSyncSettings}
+READERS: dict[str, type[CommonSettings]] = {"P": ProxySettings, "W": UsageWorkerSettings, "S": LimitsSyncSettings}
 
 
 def rows():

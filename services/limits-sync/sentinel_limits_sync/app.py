@@ -29,14 +29,16 @@ from sentinel_shared.zion_client import ZionClient
 if TYPE_CHECKING:
     from sentinel_limits_sync.settings import Settings
 
-_CONNECT_PAUSE_S: Final = 1.0
 _GAUGES_EVERY_S: Final = 1.0
 
 _log: Final = logging.getLogger(__name__)
 
 
 async def run(settings: Settings) -> int:
-    """Work until SIGTERM: lease nothing more, finish what is under way, end with 0. Twice: end at once."""
+    """Work until SIGTERM: lease nothing more, finish what is under way, end with 0. Twice: end at once.
+
+    Raises RedisUnavailable or RedisRefused when Redis cannot be used at the start; later on it is waited for.
+    """
     async with AsyncExitStack() as stack:
         clock = SystemClock()
         metrics = SyncMetrics(new_registry())
@@ -53,9 +55,13 @@ async def run(settings: Settings) -> int:
         health = Health({"redis": redis}, needed=["redis"], version=version("sentinel-limits-sync"), clock=clock)
         pages = StatusPages(health, lambda: exposition(metrics.registry, os.environ))
         await stack.enter_async_context(StatusServer(status_app(pages), listen(settings.host, settings.port)))
-        lane = await _until_connected(settings, storm, stopping)
-        if lane is None:
-            return 0
+        lane = await RedisLane.connect(
+            settings.redis_url,
+            client_name="sentinel-limits-sync",
+            scripts=AccountScripts.load().all(),
+            command_timeout_s=1.0,
+            tls_ca_file=str(settings.redis_ca_file) if settings.redis_ca_file else None,
+        )
         lanes.append(lane)
         stack.push_async_callback(lane.close)
         zion = ZionClient(
@@ -89,24 +95,6 @@ async def run(settings: Settings) -> int:
             async with asyncio.timeout(settings.shutdown_grace_s):
                 await rounds.drain()
     return 0
-
-
-async def _until_connected(settings: Settings, storm: StormGuard, stopping: asyncio.Event) -> RedisLane | None:
-    """Redis may come up later than this process; a Redis that refuses us does not get better by waiting."""
-    while not stopping.is_set():
-        try:
-            return await RedisLane.connect(
-                settings.redis_url,
-                client_name="sentinel-limits-sync",
-                scripts=AccountScripts.load().all(),
-                command_timeout_s=1.0,
-                tls_ca_file=str(settings.redis_ca_file) if settings.redis_ca_file else None,
-            )
-        except RedisUnavailable as error:
-            storm.log_once_per_s(logging.WARNING, "redis", f"waiting for Redis: {error}")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), _CONNECT_PAUSE_S)
-    return None
 
 
 async def _keep_gauges(accounts: Accounts, metrics: SyncMetrics, breaker: Breaker, clock: SystemClock) -> None:

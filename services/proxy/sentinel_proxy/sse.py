@@ -109,6 +109,7 @@ class SseRelay:
         self._memo_spare_bytes = memo_max_bytes
         self._event_max_bytes = event_max_bytes
         self._held = bytearray()
+        self._drops_lf = False
         # The head of an event too long to be held, until it ends.
         self._overlong = b""
 
@@ -119,7 +120,7 @@ class SseRelay:
             self._memo_spare_bytes -= len(chunk)
             self._memo.append(chunk)
         # Nearly every chunk is a whole event, or several, with nothing to be learnt from it.
-        if self.started and not self._held and chunk.endswith(_EVENT_ENDS) and not _tells(chunk):
+        if self.started and not (self._held or self._drops_lf) and chunk.endswith(_EVENT_ENDS) and not _tells(chunk):
             return chunk
         return self._split(chunk)
 
@@ -169,6 +170,9 @@ class SseRelay:
     def _split(self, chunk: bytes) -> bytes:
         if self._overlong:
             return self._pass_overlong(chunk)
+        if self._drops_lf:
+            self._drops_lf = False
+            chunk = chunk.removeprefix(b"\n")
         held = self._held
         # The end of an event may lie across two reads; what was searched before is not searched again.
         searched = max(0, len(held) - _EVENT_END_BYTES + 1)
@@ -182,8 +186,10 @@ class SseRelay:
                 out.append(event)
             else:
                 out.append(_ahead(event))
+                # A CRLF cut in two by the read: its second half belongs to what is left out.
+                self._drops_lf = start == len(held) and event.endswith(b"\r")
         del held[:start]
-        if held[:1] in _AHEAD_STARTS and (b"\n" in chunk or b"\r" in chunk):
+        if bytes(held[:1]) in _AHEAD_STARTS and (b"\n" in chunk or b"\r" in chunk):
             # Comments keep connections alive, and some upstreams send them without a blank line.
             out.append(ahead := _ahead(held))
             del held[: len(ahead)]

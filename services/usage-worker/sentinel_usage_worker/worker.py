@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 QUEUE_NAME: Final = "sentinel:arq:usage"
 _TICK_TIMEOUT_S: Final = 25
 _POST_TIMEOUT_S: Final = 8.0
-_CONNECT_PAUSE_S: Final = 1.0
 _GAUGES_EVERY_S: Final = 1.0
 
 _log: Final = logging.getLogger(__name__)
@@ -61,7 +60,10 @@ def queue_of(settings: Settings, lane: RedisLane) -> UsageQueue:
 
 
 async def run(settings: Settings) -> int:
-    """Work until SIGTERM: claim nothing more, finish the batch under way, book it, end with 0. Twice: end at once."""
+    """Work until SIGTERM: claim nothing more, finish the batch under way, book it, end with 0. Twice: end at once.
+
+    Raises RedisUnavailable or RedisRefused when Redis cannot be used at the start; later on it is waited for.
+    """
     async with AsyncExitStack() as stack:
         clock = SystemClock()
         metrics = WorkerMetrics(new_registry())
@@ -88,9 +90,7 @@ async def run(settings: Settings) -> int:
         pages = StatusPages(health, lambda: exposition(metrics.registry, os.environ))
         await stack.enter_async_context(StatusServer(status_app(pages), listen(settings.host, settings.port)))
         storm = StormGuard(_log, clock.monotonic_s)
-        lane = await _until_connected(settings, storm, stopping)
-        if lane is None:
-            return 0
+        lane = await connect(settings)
         stack.push_async_callback(lane.close)
         parts["lane"] = lane
         slots = settings.zion_max_concurrency
@@ -128,18 +128,6 @@ async def run(settings: Settings) -> int:
             task.cancel()
         await asyncio.gather(ticking, gauges, return_exceptions=True)
     return 0
-
-
-async def _until_connected(settings: Settings, storm: StormGuard, stopping: asyncio.Event) -> RedisLane | None:
-    """Redis may come up later than this process; a Redis that refuses us does not get better by waiting."""
-    while not stopping.is_set():
-        try:
-            return await connect(settings)
-        except RedisUnavailable as error:
-            storm.log_once_per_s(logging.WARNING, "redis", f"waiting for Redis: {error}")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), _CONNECT_PAUSE_S)
-    return None
 
 
 async def _tick(

@@ -92,7 +92,7 @@ class RedisLane:
     # --- commands ---
 
     def submit(self, key: bytes | str, *command: bytes | str | int) -> asyncio.Future[Reply]:
-        """Queues `command`, which the node that serves `key` answers. Await the future: errors come through it alone."""
+        """Queues `command`, which the node that serves `key` answers; errors come through the future alone."""
         return self._send(key, Command(self._loop.create_future(), self._deadline(), command, key))
 
     def call(

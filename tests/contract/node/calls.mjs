@@ -10,7 +10,9 @@ const varying = new Set(["id", "created", "created_at", "completed_at", "item_id
 function plain(value) {
   if (Array.isArray(value)) return value.map(plain);
   if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).filter(([key]) => !varying.has(key)).map(([key, v]) => [key, plain(v)]));
+    // Chunks say `usage: null` where usage was asked for, which Sentinel always does; to the SDK it is the same as nothing.
+    const kept = Object.entries(value).filter(([key, v]) => !varying.has(key) && !(key === "usage" && v === null));
+    return Object.fromEntries(kept.map(([key, v]) => [key, plain(v)]));
   }
   return value;
 }

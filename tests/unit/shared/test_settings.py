@@ -210,8 +210,8 @@ def test_the_described_table_is_what_from_env_does(settings):
 def test_the_described_table_has_each_services_own_lines():
     assert {"QUOTA_MODE", "SPOOL_DIR"} <= {variable.name for variable in ProxySettings.describe()}
     own = {variable.name for variable in WorkerSettings.describe()} - {v.name for v in CommonSettings.describe()}
-    assert own == {"USAGE_FLUSH_SECONDS", "USAGE_BATCH_ITEMS", "ARQ_REDIS_URL"}
-    assert [v.name for v in SyncSettings.describe()] == [v.name for v in CommonSettings.describe()]
+    assert own == {"USAGE_FLUSH_SECONDS", "USAGE_BATCH_ITEMS", "ARQ_REDIS_URL", "ZION_IDEMPOTENCY"}
+    assert {v.name for v in SyncSettings.describe()} == {v.name for v in CommonSettings.describe()}
 
 
 def test_a_wrong_setting_ends_the_service_with_one_line_and_exit_2(capsys):
