@@ -74,6 +74,7 @@ class Process:
     def __init__(self, name: str, command: list[str], environ: Mapping[str, str], folder: Path, group: int = 0) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
+        self._said_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -96,7 +97,8 @@ class Process:
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        """All of its output, none of an earlier process's of that name."""
+        return self.log.read_bytes()[self._said_from :].decode(errors="replace")
 
     def signal(self, number: int) -> None:
         if self._process.poll() is None:
