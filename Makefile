@@ -11,8 +11,6 @@ PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3 p
 # SECONDS and SEED are for `make chaos`; a run prints its seed, so that a failing one can be replayed.
 SECONDS := 60
 SEED :=
-# PEERS=1 lets `make bench` measure other gateways too.
-PEERS :=
 
 # Another active environment, or a person's own pip settings, must not decide what .venv holds.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER
@@ -42,8 +40,8 @@ format: setup ## what ruff can put right by itself
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: setup ## what a request costs, beside others; PEERS=1 for more of them
-	$(BIN)/python -m tests.bench $(if $(PEERS),--peers)
+bench: setup ## what a request costs, beside others
+	$(BIN)/python -m tests.bench
 
 profile: setup ## where the time of a request goes
 	$(BIN)/python -m tests.bench.profile

@@ -257,6 +257,16 @@ class UsageQueue:
             dropped_tokens=dropped,
         )
 
+    async def unaccounted_tokens(self, shard: int, *, accounts_at_most: int) -> int | None:
+        """Tokens of a shard that were settled but neither sent, dropped nor owed; None when too many accounts owe.
+
+        Steadily above 0 they were lost, below 0 doubled; a credit that waits for new usage counts below 0, too.
+        """
+        key_names = (keys.queue(shard), keys.batches(shard), keys.dead_letters(shard), keys.tallies(shard))
+        args = (keys.account_prefix(shard), keys.batch_prefix(shard), accounts_at_most)
+        looked, tokens = cast("list[int]", await self._lane.call(self._scripts.conserve, key_names, args))
+        return tokens if looked else None
+
     async def dead_letters(self) -> list[DeadLetter]:
         """All of them, oldest first."""
         letters: list[DeadLetter] = []
@@ -311,6 +321,7 @@ class QueueScripts:
     split: Script
     reap: Script
     bury: Script
+    conserve: Script
 
     @classmethod
     def load(cls) -> QueueScripts:

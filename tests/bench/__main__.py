@@ -8,6 +8,7 @@ metrics, a log line a request), and Redis's share is told apart. Prints one tabl
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import peers
+from tests.bench import ledger_cost, peers
 from tests.support.redis_server import free_port
 from tests.support.system import GATEWAY_KEY, System, bare_environ
 
@@ -204,12 +205,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument(
-        "--peers", action="store_true", help="not yet: LiteLLM and TensorZero in environments of their own"
-    )
     options = parser.parse_args()
     report = run(rounds=options.rounds, seconds=options.seconds)
-    text = table(report)
+    ledger = asyncio.run(ledger_cost.measure())
+    report["ledger"] = ledger
+    costs = [f"- {row}" for row in ledger_cost.lines(ledger)]
+    text = "\n".join([table(report), "", "What the ledger costs Redis:", *costs])
     print(text)
     build = Path("build")
     build.mkdir(exist_ok=True)

@@ -265,6 +265,12 @@ class Storm:
             expected = {name: sums[user.external_id][name] for name in LIMITS}
             if booked != expected:
                 problems.append(f"{user.external_id}: Zion has {booked}, Sentinel settled {expected}")
+        unaccounted = {
+            server.name: server.metric("sentinel_usage_unaccounted_tokens")
+            for server in self._services
+            if server.name.startswith("usage-worker")
+        }
+        problems += [f"{name}: {tokens} tokens unaccounted for" for name, tokens in unaccounted.items() if tokens]
         calls = self._system.zion.get("/admin/books").json()["calls"]
         self.report.zion_calls = sum(calls.get(route, 0) for route in ("batch", "increment"))
 

@@ -170,7 +170,7 @@ class SseRelay:
     def _split(self, chunk: bytes) -> bytes:
         if self._overlong:
             return self._pass_overlong(chunk)
-        if self._drops_lf:
+        if self._drops_lf and chunk:
             self._drops_lf = False
             chunk = chunk.removeprefix(b"\n")
         held = self._held

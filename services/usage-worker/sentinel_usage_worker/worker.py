@@ -219,6 +219,9 @@ async def _keep_gauges(queue: UsageQueue, metrics: WorkerMetrics, breaker: Break
             metrics.open_batches.set(sum(b.batches for b in backlogs))
             metrics.dead_letters.set(sum(b.dead_letters for b in backlogs))
             metrics.reservations.set(sum(b.leases for b in backlogs))
+            unaccounted = [await queue.unaccounted_tokens(shard, accounts_at_most=2_000) for shard in range(SHARDS)]
+            if None not in unaccounted:
+                metrics.unaccounted.set(sum(tokens for tokens in unaccounted if tokens is not None))
         metrics.breaker_open.labels("zion").set(breaker.state is not BreakerState.CLOSED)
         await clock.sleep(_GAUGES_EVERY_S)
 

@@ -12,7 +12,7 @@ import pytest
 from sentinel_shared import keys
 from sentinel_shared.accounts import Accounts, Binding, CommitOutcome, Cost, Freshness, Settlement, SettleOutcome
 from sentinel_shared.accounts import WindowPolicy as Window
-from sentinel_shared.contracts import LimitName, LimitSnapshot, ResetPeriod
+from sentinel_shared.contracts import IncrementResult, LimitName, LimitSnapshot, ResetPeriod
 from sentinel_shared.errors import RedisFull
 from sentinel_shared.usage_queue import UsageQueue
 from tests.integration.ledger.conftest import ACCOUNT_SCRIPTS, QUEUE_SCRIPTS
@@ -178,6 +178,36 @@ def test_a_settlement_after_a_reap_may_take_pending_below_what_was_claimed(case)
     view = one.view()
     assert view.ledger[0] == (0, -480, 500, 0)
     assert view.limits[0].used == 20
+
+
+def test_a_user_has_one_batch_in_flight_at_most_and_is_put_back_by_its_ack(case):
+    one = case()
+    one.commit(snapshot("ai_requests", 100))
+    shard = keys.shard_of(one.user)
+
+    def claim():
+        return one.run(
+            one.queue.claim(shard, batch_id=unique("b"), users=100, items=1000, lease_s=9, gather_s=0, enough_users=1)
+        )
+
+    def use():
+        rid = unique("r")
+        assert one.admit(rid=rid).admitted
+        one.settle(rid)
+
+    while claim():
+        pass  # what other cases have left in this shard
+    use()
+    first = claim()
+    assert first is not None
+    use()
+    assert claim() is None
+    assert one.view().ledger[0] == (0, 1, 1, 0)
+    applied = IncrementResult(applied=True, permanent=False, new_value=1, error=None)
+    assert one.run(one.queue.ack(first, [applied] * len(first.increments())))
+    second = claim()
+    assert second is not None
+    assert [item.amount for item in second.increments() if item.external_id == one.user] == [1]
 
 
 def test_an_account_that_was_lost_keeps_what_is_settled_and_asks_zion_again(case):
