@@ -41,7 +41,9 @@ def redis_binary() -> str:
 
 @contextlib.contextmanager
 def plain_redis_url(folder: Path) -> Iterator[str]:
-    """The URL of an empty Redis database: of TEST_REDIS_URL, one per xdist worker, else of a server of our own."""
+    """The URL of a database: of a server of our own, new and empty; with TEST_REDIS_URL one of its, per xdist worker,
+    which may hold what earlier tests left.
+    """
     shared = os.environ.get("TEST_REDIS_URL")
     if shared:
         worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")

@@ -19,12 +19,12 @@ from sentinel_proxy.auth import Authenticator
 from sentinel_proxy.limiter import Limiter
 from sentinel_proxy.local_share import LocalShare
 from sentinel_proxy.meter import Meter
-from sentinel_proxy.metered import Load, Toolbox
 from sentinel_proxy.metrics import ProxyMetrics
 from sentinel_proxy.models import Models
 from sentinel_proxy.routes import Gate, not_found, status_routes, support_routes, webhook_routes
 from sentinel_proxy.spool import Spool
 from sentinel_proxy.tokens import Ratios, TokenCounter
+from sentinel_proxy.toolbox import Load, Toolbox
 from sentinel_proxy.upstream import Upstream
 from sentinel_shared.accounts import Accounts, AccountScripts, Freshness, WindowPolicy
 from sentinel_shared.breaker import Breaker, BreakerState, ZionBudget

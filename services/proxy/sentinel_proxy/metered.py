@@ -6,49 +6,34 @@ exactly once whatever happens: charged with what the upstream says, else with wh
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sentinel_proxy.auth import bearer_token
-from sentinel_proxy.errors import (
-    ApiError,
-    render_event,
-    upstream_rejected,
-    upstream_timeout,
-    upstream_unreachable,
-    user_not_metered,
-)
-from sentinel_proxy.exchange import ClientGone
-from sentinel_proxy.limiter import Denied
+from sentinel_proxy.errors import upstream_rejected
 from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
+from sentinel_proxy.relaying import Outlet, relay_stream
 from sentinel_proxy.settings import QuotaMode
 from sentinel_proxy.sse import SseRelay, find_usage
 from sentinel_proxy.tokens import lookup
+from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
 from sentinel_proxy.upstream import Answer, UpstreamError, UpstreamTimeout
 from sentinel_shared.accounts import Cost
 
 if TYPE_CHECKING:
-    from sentinel_proxy.auth import Authenticator
-    from sentinel_proxy.exchange import Exchange, Served
-    from sentinel_proxy.limiter import Admission, Limiter
-    from sentinel_proxy.meter import Meter, Running
-    from sentinel_proxy.metrics import ProxyMetrics
-    from sentinel_proxy.models import Models
-    from sentinel_proxy.openai_wire import MeteredRequest
-    from sentinel_proxy.settings import Settings
-    from sentinel_proxy.sse import Usage
-    from sentinel_proxy.tokens import Kind, ModelFamily, Ratios, TokenCounter
-    from sentinel_proxy.upstream import Stream, Upstream
-    from sentinel_shared.contracts import Caller
+    from collections.abc import Callable
 
-ACCOUNT_STATUSES: Final = frozenset({401, 402, 403})
-"""The upstream's word about the gateway's own account, which is none of the caller's business."""
+    from sentinel_proxy.exchange import Exchange, Served
+    from sentinel_proxy.limiter import Admission
+    from sentinel_proxy.meter import Running
+    from sentinel_proxy.openai_wire import MeteredRequest
+    from sentinel_proxy.sse import Usage
+    from sentinel_proxy.tokens import Kind, ModelFamily
+    from sentinel_proxy.toolbox import Toolbox
+    from sentinel_proxy.upstream import Stream
+
 _COUNT_EVERY: Final = 16
 """However much a caller has left, every so many prompts are counted exactly, so that the estimate stays calibrated."""
-_DRAIN_MAX_BYTES: Final = 16 * 1024 * 1024
 _STREAM_HEADERS: Final = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -71,31 +56,6 @@ ENDPOINTS: Final = {
         Endpoint("responses", "/responses", parse_responses),
     )
 }
-
-
-@dataclass(slots=True)
-class Load:
-    """How many requests are running."""
-
-    count: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Toolbox:
-    """What a request is served with; one per process."""
-
-    settings: Settings
-    auth: Authenticator
-    limiter: Limiter
-    meter: Meter
-    upstream: Upstream
-    models: Models
-    counter: TokenCounter
-    ratios: Ratios
-    metrics: ProxyMetrics
-    new_rid: Callable[[], str]
-    turns: Iterator[int]
-    load: Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +85,6 @@ class _Job:
     running: Running
     upstream_s: float = 0.0
     """Spent waiting for the upstream and the client."""
-
-
-async def authenticate(tools: Toolbox, exchange: Exchange) -> tuple[Caller, str]:
-    """The caller and the external id. Raises ApiError: 401, 403, 503."""
-    token = bearer_token(exchange.header(b"authorization"))
-    caller = tools.auth.remembered(token) or await tools.auth.caller(token)
-    if caller.external_id is None:
-        raise user_not_metered()
-    return caller, caller.external_id
 
 
 async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: Served) -> None:
@@ -257,109 +208,23 @@ async def _forward_stream(tools: Toolbox, job: _Job, exchange: Exchange) -> None
             job.upstream_s = time.perf_counter() - sent_s
             await _deliver(tools, job, exchange, answer, headers)
             return
-        outlet = _Outlet(tools, job, exchange, stream.status, stream.headers + headers + _STREAM_HEADERS)
+        outlet = Outlet(
+            tools,
+            job.running,
+            exchange,
+            status=stream.status,
+            headers=stream.headers + headers + _STREAM_HEADERS,
+            began_s=job.asked.began_s,
+        )
         relay = SseRelay(hides_usage=job.asked.request.hides_usage)
         exchange.when_gone(outlet.abandonment.begin)
         try:
-            await _relay(stream, relay, outlet)
+            await relay_stream(stream, relay, outlet)
         finally:
             exchange.forget_client()
             outlet.abandonment.end()
             job.upstream_s = time.perf_counter() - sent_s
             _settle_stream(tools, job, relay)
-
-
-async def _relay(stream: Stream, relay: SseRelay, outlet: _Outlet) -> None:
-    """Every event out as it comes; the client gone, read on for the usage within the drain's bounds."""
-    running, abandonment = outlet.job.running, outlet.abandonment
-    try:
-        while (chunk := await stream.read()) is not None:
-            out = relay.feed(chunk)
-            running.output_tokens_seen += chunk.count(b"data:")
-            if abandonment.begun:
-                if abandonment.exceeds(relay.read_bytes):
-                    return
-            elif out:
-                await outlet.send(out)
-        tail = relay.flush()
-    except UpstreamError as error:
-        if not outlet.exchange.started and not abandonment.begun:
-            raise
-        tail = relay.interrupt() + outlet.broken(error)
-    except asyncio.CancelledError:
-        if not abandonment.take_back_cancellation():
-            raise
-        return
-    await outlet.finish(tail)
-
-
-class _Outlet:
-    """The client's end of a stream. Its answer starts with its first bytes: an early failure has its own status."""
-
-    def __init__(
-        self, tools: Toolbox, job: _Job, exchange: Exchange, status: int, headers: list[tuple[bytes, bytes]]
-    ) -> None:
-        self.job = job
-        self.exchange = exchange
-        self.abandonment = _Abandonment(tools.settings.disconnect_drain_s)
-        self._metrics = tools.metrics
-        self._status = status
-        self._headers = headers
-
-    async def send(self, piece: bytes) -> None:
-        if not self.exchange.started:
-            asked = self.job.asked
-            self._metrics.first_token(asked.endpoint.path).observe(time.perf_counter() - asked.began_s)
-            await self.exchange.start(self._status, self._headers)
-        await self.exchange.send(piece)
-
-    async def finish(self, tail: bytes) -> None:
-        if not self.exchange.started:
-            await self.exchange.start(self._status, self._headers)
-        if tail:
-            await self.exchange.send(tail)
-        await self.exchange.end()
-
-    def broken(self, error: UpstreamError) -> bytes:
-        """The event that tells the client; counted."""
-        self._metrics.upstream_errors.labels("mid_stream").inc()
-        answer = as_answer(error)
-        answer.message = "The AI gateway's answer broke off."
-        return render_event(answer, named=self.job.asked.endpoint.kind == "responses")
-
-
-class _Abandonment:
-    """The client has left: the stream is read on for its usage, up to a bound of time and bytes. 0 s: not at all."""
-
-    def __init__(self, drain_s: float) -> None:
-        self.begun = False
-        self._drain_s = drain_s
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        self._expired = False
-        self._most_bytes: int | None = None
-
-    def begin(self) -> None:
-        self.begun = True
-        self._timer = asyncio.get_running_loop().call_later(self._drain_s, self._expire)
-
-    def end(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def exceeds(self, read_bytes: int) -> bool:
-        if self._most_bytes is None:
-            self._most_bytes = read_bytes + _DRAIN_MAX_BYTES
-        return read_bytes > self._most_bytes
-
-    def take_back_cancellation(self) -> bool:
-        """Whether it was this that cancelled the task, and nobody else."""
-        return self._expired and self._task is not None and self._task.uncancel() == 0
-
-    def _expire(self) -> None:
-        self._expired = True
-        if self._task is not None:
-            self._task.cancel()
 
 
 # --- settle ---
@@ -469,21 +334,3 @@ def _path(job: _Job, exchange: Exchange) -> str:
 
 def _is_event_stream(stream: Stream) -> bool:
     return any(name == b"content-type" and b"event-stream" in value for name, value in stream.headers)
-
-
-def as_answer(error: UpstreamError) -> ApiError:
-    """What the caller is told."""
-    return upstream_timeout() if isinstance(error, UpstreamTimeout) else upstream_unreachable()
-
-
-__all__ = [
-    "ACCOUNT_STATUSES",
-    "ENDPOINTS",
-    "ClientGone",
-    "Denied",
-    "Endpoint",
-    "Toolbox",
-    "as_answer",
-    "authenticate",
-    "serve",
-]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from sentinel_proxy.errors import unknown_url, upstream_rejected
-from sentinel_proxy.metered import ACCOUNT_STATUSES, as_answer, authenticate
 from sentinel_proxy.sse import SseRelay, Usage, find_usage
+from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
 from sentinel_shared.accounts import Cost
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from sentinel_proxy.exchange import Exchange, Served
     from sentinel_proxy.meter import Running
-    from sentinel_proxy.metered import Toolbox
     from sentinel_proxy.tokens import Kind
+    from sentinel_proxy.toolbox import Toolbox
     from sentinel_proxy.upstream import Stream
 
 _USAGE_BODY_MAX_BYTES: Final = 16 * 1024 * 1024

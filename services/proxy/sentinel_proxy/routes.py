@@ -27,6 +27,7 @@ from sentinel_proxy.errors import (
 from sentinel_proxy.exchange import ClientGone, Exchange, Served
 from sentinel_proxy.limiter import Denied
 from sentinel_proxy.reports import support_report, usage_report
+from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
 from sentinel_shared.errors import SentinelError
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from sentinel_proxy.errors import ApiError
     from sentinel_proxy.exchange import Headers, Receive, Scope, Send
-    from sentinel_proxy.metered import Toolbox
+    from sentinel_proxy.toolbox import Toolbox
     from sentinel_shared.accounts import Accounts, WindowPolicy
     from sentinel_shared.directory import Directory
     from sentinel_shared.status_server import StatusPages
@@ -120,22 +121,22 @@ class Gate:
 
     async def _usage(self, exchange: Exchange) -> None:
         _only_get(exchange)
-        _, external_id = await metered.authenticate(self.tools, exchange)
+        _, external_id = await authenticate(self.tools, exchange)
         view = await self.tools.limiter.view(external_id)
         body = msgspec.json.encode(usage_report(view, self.window))
         await exchange.answer(200, [(b"content-type", b"application/json")], body)
 
     async def _models(self, exchange: Exchange) -> None:
         _only_get(exchange)
-        await metered.authenticate(self.tools, exchange)
+        await authenticate(self.tools, exchange)
         upstream_path = passthrough.upstream_path(exchange.path)
         if upstream_path is None:
             raise unknown_url(exchange.method, exchange.path)
         try:
             answer = await self.tools.models.get(upstream_path, request_id=exchange.request_id)
         except UpstreamError as error:
-            raise metered.as_answer(error) from error
-        if answer.status in metered.ACCOUNT_STATUSES:
+            raise as_answer(error) from error
+        if answer.status in ACCOUNT_STATUSES:
             raise upstream_rejected()
         await exchange.answer(answer.status, answer.headers, answer.body)
 
