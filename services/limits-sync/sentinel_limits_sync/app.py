@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import random
-import signal
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
@@ -23,6 +22,7 @@ from sentinel_shared.logging import StormGuard
 from sentinel_shared.metrics import exposition, new_registry
 from sentinel_shared.redis_lane import RedisLane
 from sentinel_shared.refresh import LimitsRefresher
+from sentinel_shared.signals import stop_signal
 from sentinel_shared.status_server import Health, StatusPages, StatusServer, listen, status_app
 from sentinel_shared.zion_client import ZionClient
 
@@ -44,7 +44,7 @@ async def run(settings: Settings) -> int:
         metrics = SyncMetrics(new_registry())
         breaker = Breaker(clock, random.Random())  # noqa: S311 - jitter
         storm = StormGuard(_log, clock.monotonic_s)
-        stopping = _stop_signal()
+        stopping = stop_signal()
         lanes: list[RedisLane] = []
 
         async def redis() -> float:
@@ -106,16 +106,3 @@ async def _keep_gauges(accounts: Accounts, metrics: SyncMetrics, breaker: Breake
             metrics.lateness.set(max(0.0, clock.unix_s() - due_s))
         metrics.breaker_open.labels("zion").set(breaker.state is not BreakerState.CLOSED)
         await clock.sleep(_GAUGES_EVERY_S)
-
-
-def _stop_signal() -> asyncio.Event:
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        if stopping.is_set():
-            os._exit(1)
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
-    return stopping

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import random
-import signal
 import socket
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from sentinel_shared.errors import RedisUnavailable, SentinelError
 from sentinel_shared.logging import StormGuard
 from sentinel_shared.metrics import exposition, new_registry
 from sentinel_shared.redis_lane import RedisLane
+from sentinel_shared.signals import stop_signal
 from sentinel_shared.status_server import Health, StatusPages, StatusServer, listen, status_app
 from sentinel_shared.usage_queue import QueueScripts, UsageQueue
 from sentinel_shared.zion_client import ZionClient
@@ -67,7 +67,7 @@ async def run(settings: Settings) -> int:
     async with AsyncExitStack() as stack:
         clock = SystemClock()
         metrics = WorkerMetrics(new_registry())
-        stopping = _stop_signal()
+        stopping = stop_signal()
         parts: dict[str, Any] = {}
 
         async def redis() -> float:
@@ -224,16 +224,3 @@ async def _keep_gauges(queue: UsageQueue, metrics: WorkerMetrics, breaker: Break
                 metrics.unaccounted.set(sum(tokens for tokens in unaccounted if tokens is not None))
         metrics.breaker_open.labels("zion").set(breaker.state is not BreakerState.CLOSED)
         await clock.sleep(_GAUGES_EVERY_S)
-
-
-def _stop_signal() -> asyncio.Event:
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        if stopping.is_set():
-            os._exit(1)
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
-    return stopping
