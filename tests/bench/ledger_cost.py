@@ -74,14 +74,14 @@ class Bench:
         told = dict(line.split(":", 1) for line in info.split("\r\n") if ":" in line)
         return float(told["used_cpu_user"]) + float(told["used_cpu_sys"])
 
-    async def cost_us(self, work: Any, *, at_once: int) -> float:
+    async def cost_us(self, work: Any, *, at_once: int, pairs: int) -> float:
         before = await self.server_cpu_s()
-        for _ in range(PAIRS // at_once):
+        for _ in range(pairs // at_once):
             await asyncio.gather(*(work() for _ in range(at_once)))
-        return (await self.server_cpu_s() - before) / (PAIRS // at_once * at_once) * 1e6
+        return (await self.server_cpu_s() - before) / (pairs // at_once * at_once) * 1e6
 
 
-async def measure() -> dict[str, Any]:
+async def measure(*, pairs: int = PAIRS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Medians of interleaved rounds, in us of the server's CPU; bytes of an idle account."""
     with RedisServer(Path(tempfile.mkdtemp(prefix="sentinel-ledger-cost-"))) as server:
         scripts = [*AccountScripts.load().all(), YARDSTICK]
@@ -90,11 +90,11 @@ async def measure() -> dict[str, Any]:
         await bench.prepare()
         told: dict[str, Any] = {}
         for at_once in (1, 50):
-            pairs, yards = [], []
-            for _ in range(ROUNDS):
-                yards.append(await bench.cost_us(bench.two_yardsticks, at_once=at_once))
-                pairs.append(await bench.cost_us(bench.pair, at_once=at_once))
-            pair, yard = statistics.median(pairs), statistics.median(yards)
+            costs, yards = [], []
+            for _ in range(rounds):
+                yards.append(await bench.cost_us(bench.two_yardsticks, at_once=at_once, pairs=pairs))
+                costs.append(await bench.cost_us(bench.pair, at_once=at_once, pairs=pairs))
+            pair, yard = statistics.median(costs), statistics.median(yards)
             told[f"{at_once} at once"] = {"pair_us": pair, "yardstick_us": yard, "ratio": pair / yard}
         key = keys.account(bench.users[0])
         told["account_bytes"] = await lane.execute(key, "MEMORY", "USAGE", key)

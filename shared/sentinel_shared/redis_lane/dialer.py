@@ -23,7 +23,7 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=ca_file)
     except (OSError, ValueError) as error:
         takes = "takes a file of PEM certificates"
-        raise SettingsError(f"REDIS_TLS_CA_FILE: cannot use {ca_file}: {error}; {takes}") from None
+        raise SettingsError(f"REDIS_CA_FILE: cannot use {ca_file}: {error}; {takes}") from None
 
 
 @dataclass(frozen=True, slots=True)

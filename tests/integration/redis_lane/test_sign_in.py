@@ -114,5 +114,5 @@ async def test_tls_from_an_unknown_authority_is_refused(tls_port):
 
 
 async def test_a_file_of_authorities_that_is_none_is_told_by_its_variable(tmp_path):
-    with pytest.raises(SettingsError, match="REDIS_TLS_CA_FILE"):
+    with pytest.raises(SettingsError, match="REDIS_CA_FILE"):
         await RedisLane.connect("rediss://127.0.0.1", client_name="test", tls_ca_file=str(tmp_path / "absent.pem"))
