@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any, cast
+
+import httpx
 import openai
 import pytest
 from pydantic import BaseModel
+
+from tests.support.system import GATEWAY_KEY, eventually
 
 SAY = [{"role": "user", "content": "say 12 tokens"}]
 CHAT = {"model": "openai/gpt-4o", "messages": SAY}
@@ -167,6 +173,69 @@ def test_a_wrong_field_is_named_and_nothing_is_reserved(system, through, user, b
         through.post("/chat/completions", body={**CHAT, **body}, cast_to=object)
     assert raised.value.param == param
     assert system.usage(user) == before
+
+
+def test_a_lowered_cap_is_told_and_kept(system):
+    user = system.add_user({"ai_output_tokens": 30})
+    client = system.client(user)
+    say = {"model": "openai/gpt-4o", "messages": [{"role": "user", "content": "say 100 tokens"}]}
+    answer = client.chat.completions.with_raw_response.create(**say, max_tokens=80)
+    assert answer.headers["x-sentinel-max-output-tokens"] == "30"
+    told = answer.parse()
+    assert told.usage.completion_tokens == 30
+    assert told.choices[0].finish_reason == "length"
+    with pytest.raises(openai.RateLimitError) as raised:
+        client.chat.completions.create(**say, max_tokens=80)
+    assert raised.value.code == "insufficient_quota"
+    details = cast("dict[str, Any]", raised.value.body)["details"]
+    assert details["limit_name"] == "ai_output_tokens"
+
+
+def test_with_plenty_left_the_body_goes_through_untouched(system, through):
+    through.chat.completions.create(**CHAT, seed=7, extra_headers={"x-request-id": "untouched-1"})
+    requests = system.gateway.get("/admin/requests").json()["requests"]
+    (sent,) = [request for request in requests if request["id"] == "untouched-1"]
+    assert json.loads(sent["body"]) == {**CHAT, "seed": 7}
+    names = {name for name, _ in sent["headers"]}
+    assert ["authorization", f"Bearer {GATEWAY_KEY}"] in sent["headers"]
+    assert "cookie" not in names
+
+
+def test_in_soft_mode_nothing_is_capped_and_the_overshoot_is_measured(system):
+    (soft,) = system.start_all("proxy", QUOTA_MODE="soft")
+    user = system.add_user({"ai_output_tokens": 30})
+    say = {"model": "openai/gpt-4o", "messages": [{"role": "user", "content": "say 100 tokens"}]}
+    answer = system.client(user, soft).chat.completions.create(**say)
+    assert answer.usage.completion_tokens == 100
+    assert soft.metric("sentinel_output_overshoot_tokens_total") == 70
+    soft.stop()
+
+
+def test_clients_that_leave_free_their_connections_and_are_billed(system, user):
+    import asyncio  # noqa: PLC0415 - for this one test
+
+    (narrow,) = system.start_all(
+        "proxy", UPSTREAM_MAX_CONNECTIONS="10", DISCONNECT_DRAIN_SECONDS="0", UPSTREAM_CONNECT_TIMEOUT_SECONDS="20"
+    )
+
+    async def leave_and_ask() -> int:
+        body = {"model": "sim/slow-20ms", "stream": True, "messages": [{"role": "user", "content": "say 40 tokens"}]}
+        url = f"{narrow.url}/v1/chat/completions"
+        async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=20)) as http:
+
+            async def leave(number):
+                async with http.stream("POST", url, json=body, headers=user.headers) as answer:
+                    await anext(answer.aiter_bytes())
+
+            for _ in range(25):
+                await asyncio.gather(*(leave(number) for number in range(10)))
+            plain = {**CHAT, "user": user.external_id}
+            answers = await asyncio.gather(*(http.post(url, json=plain, headers=user.headers) for _ in range(50)))
+            return sum(answer.status_code == 200 for answer in answers)
+
+    assert asyncio.run(leave_and_ask()) == 50
+    eventually(lambda: system.usage(user)["ai_requests"], within_s=10, until=lambda limit: limit["used"] == 300)
+    narrow.stop()
 
 
 def test_a_stream_that_breaks_off_raises_in_the_sdk(through):

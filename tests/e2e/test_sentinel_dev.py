@@ -121,8 +121,10 @@ def test_sigterm_ends_all_with_exit_0_and_a_second_start_goes_on_with_the_data(t
         client = openai.OpenAI(base_url=f"{again.proxy_url}/v1", api_key=token, http_client=http, max_retries=0)
 
         def used() -> int:
-            told = http.get(f"{again.proxy_url}/v1/usage", headers={"authorization": f"Bearer {token}"}).json()
-            return max(limit["used"] for limit in told["limits"])
+            told: dict[str, Any] = http.get(
+                f"{again.proxy_url}/v1/usage", headers={"authorization": f"Bearer {token}"}
+            ).json()
+            return max(int(limit["used"]) for limit in told["limits"])
 
         # This Zion is a new one and knows nothing of the first run: it tells the proxy so.
         eventually(used, within_s=10, until=lambda units: units == 0)

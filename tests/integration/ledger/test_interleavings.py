@@ -27,6 +27,8 @@ EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "500"))
 STEPS = 45
 FRESHNESS = Freshness(fresh_ms=60_000, stale_ms=60_000, idle_s=60)
 OFF = WindowPolicy(0, 0, 0)
+# So short that it turns several times within an example: its sub-buckets are 3 ms.
+SHORT = WindowPolicy(36, 4, 0)
 NUMBERS = itertools.count()
 EARLIER = IncrementResult(applied=False, permanent=False, new_value=None, error="later")
 NEVER = IncrementResult(applied=False, permanent=True, new_value=None, error="unknown")
@@ -100,8 +102,10 @@ class World:
             "ai_output_tokens": self.dice.choice([0, 100, 300, 100_000]),
         }
         self.zion = ModelZion(limits, tells_new_value=self.dice.random() < 0.5)
-        self.accounts = Accounts(lane, scripts, window=OFF, lease_s=60)
-        self.doomed = Accounts(lane, scripts, window=OFF, lease_s=0.001)
+        self.window = self.dice.choice([OFF, OFF, SHORT])
+        self.admitted_ms: list[int] = []
+        self.accounts = Accounts(lane, scripts, window=self.window, lease_s=60)
+        self.doomed = Accounts(lane, scripts, window=self.window, lease_s=0.001)
         self.queue = UsageQueue(lane, queue_scripts, idle_s=60)
         self.requests: list[Request] = []
         self.letters = 0
@@ -134,6 +138,7 @@ class World:
         assert decision is not None
         if not decision.admitted:
             return
+        self.admitted_ms.append(decision.now_ms)
         granted = decision.granted_output_tokens
         assert granted >= 0
         assert granted % choices == 0
@@ -145,6 +150,12 @@ class World:
         for index, name in enumerate(LIMIT_NAMES):
             if index != 1:  # input may exceed by actual minus estimate, never at its admission by the estimate itself
                 assert totals[index] <= self.zion.limits[name], (name, totals)
+
+    def check_window(self) -> None:
+        """Any true window holds at most the limit, by Redis's own time stamps."""
+        if self.window.requests:
+            for first, beyond in zip(self.admitted_ms, self.admitted_ms[self.window.requests :], strict=False):
+                assert beyond - first >= self.window.window_ms - 1
 
     def totals(self) -> list[int]:
         """What was really used or is promised, per limit."""
@@ -296,6 +307,7 @@ async def live(world: World) -> None:
         (step,) = world.dice.choices(list(STEP_WEIGHTS), list(STEP_WEIGHTS.values()))
         await step(world)
         await world.check()
+        world.check_window()
     await world.quiet()
 
 
@@ -339,6 +351,11 @@ TAKEN_OUT = {
         "refresh_commit",
         "since > 0 and math.max(answer, math.min(base, answer + since)) or answer",
         "answer",
+    ),
+    "the oldest bucket counts in full": (
+        "admit",
+        "a[W + 1] + a[W + 3] + 1 > window_requests",
+        "a[W + 1] + a[W + 3] / 2 + 1 > window_requests",
     ),
     "reserved counts": ("admit", "left - a[at + RESERVED] < least", "left < least"),
     "inflight counts": ("admit", "a[at + PENDING] + a[at + INFLIGHT] + a[at + DEAD]", "a[at + PENDING]"),

@@ -96,7 +96,7 @@ class Admin:
             case ["ledger"]:
                 return self._ledger(query)
             case ["calls"]:
-                return self._state.calls
+                return {route: calls.shown() for route, calls in self._state.calls.items()}
         return None
 
     def _users(self, method: str, parts: list[str], body: bytes) -> Any:

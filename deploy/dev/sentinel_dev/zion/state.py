@@ -36,6 +36,9 @@ class Calls:
     """0 = closed or left without an answer."""
     users: dict[str, int] = field(default_factory=dict)
 
+    def shown(self) -> dict[str, object]:
+        return {"count": self.count, "at": list(self.at), "statuses": self.statuses, "users": self.users}
+
     def count_user(self, user: str) -> None:
         if user in self.users or len(self.users) < CALLS_MOST:
             self.users[user] = self.users.get(user, 0) + 1
