@@ -22,7 +22,7 @@ from sentinel_proxy.meter import Meter
 from sentinel_proxy.metrics import ProxyMetrics
 from sentinel_proxy.models import Models
 from sentinel_proxy.routes import Gate, not_found, status_routes, support_routes, webhook_routes
-from sentinel_proxy.spool import Spool
+from sentinel_proxy.spool import Spool, ledger_name
 from sentinel_proxy.tokens import Ratios, TokenCounter
 from sentinel_proxy.toolbox import Load, Toolbox
 from sentinel_proxy.upstream import Upstream
@@ -120,7 +120,11 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
         stack.push_async_callback(upstream.close)
         freshness = Freshness.of(cache_ttl_s=settings.cache_ttl_s, max_stale_s=settings.limits_max_stale_s)
         meter = Meter(
-            accounts, Spool(settings.spool_dir), lease_s=settings.reservation_lease_s, clock=clock, metrics=metrics
+            accounts,
+            Spool(settings.spool_dir, ledger=ledger_name(settings.redis_url)),
+            lease_s=settings.reservation_lease_s,
+            clock=clock,
+            metrics=metrics,
         )
         stack.push_async_callback(meter.close, timeout_s=_SETTLE_AT_CLOSE_S)
         limiter = Limiter(

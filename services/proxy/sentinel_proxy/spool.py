@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
@@ -41,10 +42,14 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class Spool:
-    """The file of one process, opened with the first settlement that has to wait. Small files: it blocks."""
+    """The file of one process, opened with the first settlement that has to wait. Small files: it blocks.
 
-    def __init__(self, folder: Path) -> None:
+    `ledger` names the Redis that the settlements belong to: proxies of another one may share the folder.
+    """
+
+    def __init__(self, folder: Path, *, ledger: str = "ledger") -> None:
         self._folder = folder
+        self._ledger = ledger
         self._fd: int | None = None
         self._path: Path | None = None
         self.waiting = 0
@@ -82,7 +87,7 @@ class Spool:
             replayed = self.waiting
             await _settle_all(self._own().read_bytes(), settle, now_s=now_s)
             self._close(remove=self.waiting == replayed)
-        for path in sorted(self._folder.glob("*" + _SUFFIX)):
+        for path in sorted(self._folder.glob(f"{self._ledger}-*{_SUFFIX}")):
             if path != self._path:
                 replayed += await _adopt(path, settle, now_s=now_s)
         return replayed
@@ -95,7 +100,7 @@ class Spool:
 
     def _own(self) -> Path:
         if self._path is None:
-            self._path = self._folder / (uuid4().hex + _SUFFIX)
+            self._path = self._folder / f"{self._ledger}-{uuid4().hex}{_SUFFIX}"
         return self._path
 
     def _append(self, line: _Line) -> None:
@@ -158,3 +163,9 @@ def _settlements(lines: Iterable[bytes], *, now_s: float) -> list[Settlement]:
         elif line.replayed_s is not None and line.replayed_s < now_s:
             waiting = [(s, line.replayed_s if at is None else min(at, line.replayed_s)) for s, at in waiting]
     return [replace(s, attempt_age_ms=0 if at is None else max(0, int((now_s - at) * 1000))) for s, at in waiting]
+
+
+def ledger_name(redis_url: str) -> str:
+    """The same for all proxies of one Redis, whatever their credentials; fit for a file name."""
+    scheme, _, rest = redis_url.partition("://")
+    return sha256(f"{scheme}://{rest.rpartition('@')[2]}".encode()).hexdigest()[:12]

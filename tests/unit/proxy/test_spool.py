@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sentinel_proxy.spool import Spool, SpoolUnusable
+from sentinel_proxy.spool import Spool, SpoolUnusable, ledger_name
 from sentinel_shared.accounts import Settlement
 from sentinel_shared.errors import RedisUnavailable
 
@@ -72,6 +72,14 @@ async def test_a_dead_process_s_file_is_adopted_and_a_living_one_s_is_not(tmp_pa
     assert await heir.replay(redis.settle, now_s=100) == 1
     assert [settlement.rid for settlement in redis.settled] == ["of the dead"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+async def test_settlements_of_another_redis_are_left_alone(tmp_path):
+    dead, heir, redis = Spool(tmp_path, ledger=ledger_name("redis://a:1")), Spool(tmp_path, ledger="other"), Redis()
+    dead.put(a_settlement(), attempted_s=None)
+    dead.close()
+    assert await heir.replay(redis.settle, now_s=100) == 0
+    assert ledger_name("redis://user:secret@a:1") == ledger_name("redis://a:1") != ledger_name("redis://b:1")
 
 
 async def test_a_line_torn_by_a_crash_does_not_hide_the_others(tmp_path):
