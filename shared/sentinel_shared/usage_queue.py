@@ -13,16 +13,19 @@ import msgspec
 
 from sentinel_shared import keys
 from sentinel_shared.contracts import LIMIT_NAMES, Increment, IncrementResult, LimitName
+from sentinel_shared.errors import RedisUnavailable
 from sentinel_shared.scripts import load
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Sequence
 
-    from sentinel_shared.redis_lane import RedisLane, Script
+    from sentinel_shared.redis_lane import RedisLane, Reply, Script
 
 APPLIED: Final = "1"
 NOT_APPLIED: Final = "0"
 NEVER: Final = "-1"
+_WAIT_MS: Final = 500
 
 
 class _Item(msgspec.Struct, rename="camel"):
@@ -100,16 +103,20 @@ class Backlog:
 class UsageQueue:
     """All shards' queues, through one lane."""
 
-    def __init__(self, lane: RedisLane, scripts: QueueScripts, *, idle_s: int) -> None:
+    def __init__(self, lane: RedisLane, scripts: QueueScripts, *, idle_s: int, wait_replicas: int = 0) -> None:
         self._lane = lane
         self._scripts = scripts
         self._idle_s = idle_s
+        self._wait_replicas = wait_replicas
 
     async def claim(
         self, shard: int, *, batch_id: str, users: int, items: int, lease_s: float, gather_s: float, enough_users: int
     ) -> Batch | None:
-        """Freeze what the shard owes, oldest first; None when nothing has gathered long enough (or enough of it)."""
-        reply = await self._lane.call(
+        """Freeze what the shard owes, oldest first; None when nothing has gathered long enough (or enough of it).
+
+        With `wait_replicas`, raises RedisUnavailable where too few of them have the batch: it waits for a later lease.
+        """
+        claiming = self._lane.call(
             self._scripts.claim,
             (keys.queue(shard), keys.batches(shard), keys.batch_prefix(shard) + batch_id),
             (
@@ -122,6 +129,7 @@ class UsageQueue:
                 enough_users,
             ),
         )
+        reply = await self._replicated(shard, claiming)
         if not reply:
             return None
         body, _, claimed_ms = cast("tuple[bytes, int, int]", reply)
@@ -130,7 +138,8 @@ class UsageQueue:
     async def lease(self, shard: int, *, lease_s: float) -> Batch | None:
         """A batch whose sender died or whose back-off is over, leased to the caller; None when there is none."""
         args = (keys.batch_prefix(shard), int(lease_s * 1000))
-        reply = cast("list[bytes]", await self._lane.call(self._scripts.lease_batch, (keys.batches(shard),), args))
+        leasing = self._lane.call(self._scripts.lease_batch, (keys.batches(shard),), args)
+        reply = cast("list[bytes]", await self._replicated(shard, leasing))
         if not reply:
             return None
         batch_id, body, claimed_ms, attempts, cleared, singles, *known = reply
@@ -145,6 +154,16 @@ class UsageQueue:
             singles=singles == b"1",
             done=done,
         )
+
+    async def _replicated(self, shard: int, writing: asyncio.Future[Reply]) -> Reply:
+        """The reply to a write, once enough replicas have it: a fail-over must not forget what Zion is sent next."""
+        if not self._wait_replicas:
+            return await writing
+        waiting = self._lane.wait(keys.queue(shard), self._wait_replicas, _WAIT_MS)
+        reply, replicas = await writing, cast("int", await waiting)
+        if reply and replicas < self._wait_replicas:
+            raise RedisUnavailable(f"only {replicas} of {self._wait_replicas} replicas have the batch")
+        return reply
 
     async def postpone(self, batch: Batch, *, until_ms: int) -> None:
         """Nobody sends this batch before `until_ms` (Unix ms): its lease renewed, or its back-off."""

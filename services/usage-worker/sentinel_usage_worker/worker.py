@@ -56,7 +56,7 @@ async def connect(settings: Settings) -> RedisLane:
 def queue_of(settings: Settings, lane: RedisLane) -> UsageQueue:
     """The usage queue through a lane."""
     freshness = Freshness.of(cache_ttl_s=settings.cache_ttl_s, max_stale_s=settings.limits_max_stale_s)
-    return UsageQueue(lane, QueueScripts.load(), idle_s=freshness.idle_s)
+    return UsageQueue(lane, QueueScripts.load(), idle_s=freshness.idle_s, wait_replicas=settings.redis_wait_replicas)
 
 
 async def run(settings: Settings) -> int:

@@ -13,7 +13,7 @@ from sentinel_shared import keys
 from sentinel_shared.accounts import Accounts, Binding, CommitOutcome, Cost, Freshness, Settlement, SettleOutcome
 from sentinel_shared.accounts import WindowPolicy as Window
 from sentinel_shared.contracts import IncrementResult, LimitName, LimitSnapshot, ResetPeriod
-from sentinel_shared.errors import RedisFull
+from sentinel_shared.errors import RedisFull, RedisUnavailable
 from sentinel_shared.usage_queue import UsageQueue
 from tests.integration.ledger.conftest import ACCOUNT_SCRIPTS, QUEUE_SCRIPTS
 
@@ -208,6 +208,24 @@ def test_a_user_has_one_batch_in_flight_at_most_and_is_put_back_by_its_ack(case)
     second = claim()
     assert second is not None
     assert [item.amount for item in second.increments() if item.external_id == one.user] == [1]
+
+
+def test_a_batch_that_too_few_replicas_have_is_kept_and_not_sent(case):
+    one = case()
+    one.commit(snapshot("ai_requests", 100))
+    rid = unique("r")
+    assert one.admit(rid=rid).admitted
+    one.settle(rid)
+    careful = UsageQueue(one.lane, QUEUE_SCRIPTS, idle_s=60, wait_replicas=1)
+    shard = keys.shard_of(one.user)
+    with pytest.raises(RedisUnavailable, match="0 of 1 replicas"):
+        one.run(
+            careful.claim(shard, batch_id=unique("b"), users=100, items=1000, lease_s=0, gather_s=0, enough_users=1)
+        )
+    time.sleep(0.002)
+    kept = one.run(one.queue.lease(shard, lease_s=9))
+    assert kept is not None
+    assert one.user in {item.external_id for item in kept.increments()}
 
 
 def test_an_account_that_was_lost_keeps_what_is_settled_and_asks_zion_again(case):
