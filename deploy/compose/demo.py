@@ -1,5 +1,6 @@
 """Makes a user of the simulated Zion and prints what to paste: `docker compose run --rm demo`."""
 
+# ruff: noqa: INP001 -- run as a file, a part of no package
 from __future__ import annotations
 
 import json
@@ -20,7 +21,7 @@ def main(zion_url: str, proxy_url: str) -> None:
     body = '{"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hello"}]}'
     print(f"TOKEN={token}")  # noqa: T201 -- its whole purpose
     print(  # noqa: T201
-        f"curl {proxy_url}/v1/chat/completions -H \"Authorization: Bearer $TOKEN\""
+        f'curl {proxy_url}/v1/chat/completions -H "Authorization: Bearer $TOKEN"'
         f" -H 'Content-Type: application/json' -d '{body}'"
     )
 

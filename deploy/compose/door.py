@@ -1,10 +1,11 @@
 """One address before any number of proxies: each connection goes to the next one that takes it.
 
-For docker-compose.yml, where scaled containers cannot share a host port. It knows TCP, not HTTP, so streams pass as they
-are; a proxy that drains has stopped listening and is passed over. On SIGTERM no connection is taken any more, and those
-that are open may end.
+For docker-compose.yml, where scaled containers cannot share a host port. It knows TCP, not HTTP, so streams pass as
+they are; a proxy that drains has stopped listening and is passed over. On SIGTERM no connection is taken any more, and
+those that are open may end.
 """
 
+# ruff: noqa: INP001 -- run as a file, a part of no package
 from __future__ import annotations
 
 import argparse
@@ -39,10 +40,13 @@ class Door:
         try:
             inner = await self._proxy()
             if inner is not None:
-                await asyncio.gather(_relay(reader, inner[1]), _relay(inner[0], writer))
+                try:
+                    await asyncio.gather(_relay(reader, inner[1]), _relay(inner[0], writer))
+                finally:
+                    await _close(inner[1])
         finally:
-            self._open.discard(task)
             await _close(writer)
+            self._open.discard(task)
 
     async def drain(self, grace_s: float) -> None:
         """Until no connection is open, `grace_s` at most."""

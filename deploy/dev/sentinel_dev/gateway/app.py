@@ -67,13 +67,14 @@ class Gateway:
                 await self._serve(exchange, body)
 
     async def _serve(self, exchange: Exchange, body: bytes) -> None:
-        request = self.books.open(exchange, body, self._now())
+        books = self.books
+        request = books.open(exchange, body, self._now())
         try:
             await self._answer(exchange, request)
         except BadRequest as bad:
             await exchange.answer_json(bad.status, error_body(bad.status, str(bad), bad.param, bad.code))
         finally:
-            self.books.close(request, exchange.status)
+            books.close(request, exchange.status)
 
     async def _answer(self, exchange: Exchange, request: Request) -> None:
         if not exchange.path.startswith(self._prefix):
