@@ -106,7 +106,10 @@ class Project:
         """Until all that have a health check are healthy. Images are never built nor pulled by it."""
         scaled = [part for name, count in scale.items() for part in ("--scale", f"{name.replace('_', '-')}={count}")]
         self.compose("up", "-d", "--no-build", *scaled, *services)
-        eventually(self.unhealthy, within_s=_READY_WITHIN_S, until=lambda names: not names)
+        try:
+            eventually(self.unhealthy, within_s=_READY_WITHIN_S, until=lambda names: not names)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.compose('logs', '--no-color', '--tail=30')}") from None
 
     def containers(self, service: str) -> list[str]:
         """Ids of the service's containers, also of those that have ended."""

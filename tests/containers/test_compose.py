@@ -11,6 +11,7 @@ import pytest
 from tests.containers.project import docker, inspected
 from tests.support.system import LIMITS, eventually
 
+SERVICES = ("proxy", "usage-worker", "limits-sync", "door")
 ASK = {"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -56,7 +57,7 @@ def test_all_proxies_get_their_share(system, client):
 
 
 def test_containers_cannot_write_their_root_nor_gain_rights(system):
-    for service in ("door", "proxy", "usage-worker", "limits-sync", "zion", "gateway"):
+    for service in (*SERVICES, "zion", "gateway"):
         for container in system.containers(service):
             told = inspected(container)
             assert told["HostConfig"]["ReadonlyRootfs"], service
@@ -103,6 +104,6 @@ def test_a_rolling_restart_under_load_loses_no_request_and_no_usage(system, clie
 
 
 def test_stopping_is_orderly(system):
-    containers = [one for name in ("proxy", "usage-worker", "limits-sync") for one in system.containers(name)]
+    containers = [one for name in SERVICES for one in system.containers(name)]
     system.compose("stop")
-    assert [inspected(one)["State"]["ExitCode"] for one in containers] == [0] * 6
+    assert [inspected(one)["State"]["ExitCode"] for one in containers] == [0] * len(containers)
