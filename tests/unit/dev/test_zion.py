@@ -126,7 +126,9 @@ async def test_a_written_period_is_shown_as_written_then_the_calendar_goes_on(zi
     await add(zion, limits={"ai_requests": spec})
     told = (await limits(zion))["ai_requests"]
     assert (told["periodStart"], told["periodEnd"]) == (None, "2026-01-01T23:59:59Z")
-    clock.now_s += 86_400
+    clock.now_s += 86_399.5
+    assert (await limits(zion))["ai_requests"]["used"] == 2
+    clock.now_s += 0.5
     told = (await limits(zion))["ai_requests"]
     assert (told["used"], told["periodEnd"]) == (0, "2026-02-01T00:00:00Z")
 
