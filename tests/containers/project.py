@@ -120,7 +120,7 @@ class Project:
         ids = docker("ps", "--all", "--quiet", f"--filter=label=com.docker.compose.project={self.name}").split()
         states = {told["Name"]: told["State"] for told in map(inspected, ids)}
         return [
-            f"{name}: {state['Status']}, {state.get('Health', {}).get('Status')}"
+            f"{name}: {state['Status']}, {state.get('Health', {}).get('Log', [])[-1:]}"
             for name, state in states.items()
             if state["Status"] != "running" or state.get("Health", {}).get("Status", "healthy") != "healthy"
         ]
