@@ -77,6 +77,8 @@ def test_a_member_is_found_wherever_and_however_it_is_written(raw: bytes, edited
         (b'{"b":"\\",\\"c\\":\\"","b":"","c":1e2}', b'{"b":"","c":1e2,"a":9}'),
         (b'{"b":1,"b":1}', b'{"b":1,"a":9}'),
         (b'{"b":1,"c":1,"b":1}', b'{"b":1,"c":1,"a":9}'),
+        # The last value's length, counted from the first one's start, ends just before a brace.
+        (b'{"a":1 ,"a":{"q":{},"":1}}', b'{"a":9}'),
     ],
 )
 def test_of_a_member_named_twice_only_the_last_is_left(raw: bytes, edited: bytes) -> None:

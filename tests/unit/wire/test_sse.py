@@ -101,6 +101,14 @@ def test_several_events_of_one_read_leave_in_one_piece_without_the_hidden_one() 
     assert relay.usage == Usage(11, 7)
 
 
+def test_of_a_hidden_event_cut_within_its_last_crlf_nothing_is_left() -> None:
+    relay = SseRelay(hides_usage=True)
+    first, usage_only, last = (event.replace(b"\n", b"\r\n") for event in (delta("a"), USAGE_ONLY, delta("b")))
+    assert relay.feed(first + usage_only[:-1]) == first
+    assert relay.feed(b"") == b""
+    assert relay.feed(usage_only[-1:] + last) == last
+
+
 def test_of_half_an_event_nothing_leaves_until_it_is_whole() -> None:
     relay = SseRelay(hides_usage=False)
     event = delta("a")
