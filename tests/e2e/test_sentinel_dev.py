@@ -113,6 +113,8 @@ def test_sigterm_ends_all_with_exit_0_and_a_second_start_goes_on_with_the_data(t
                 second.said
                 == f"sentinel-dev: The data folder {tmp_path}/.sentinel-dev is in use by another sentinel-dev.\n"
             )
+        # What is not yet booked when it stops goes, rightly, to the Zion of the second run.
+        eventually(lambda: first.books("ZION")["applied"].get("ai_requests") == 5, within_s=5)
         assert first.process.stop() == 0
         assert first.left_over() == []
         assert "Traceback" not in first.said
