@@ -6,6 +6,7 @@ same rid, it has effect once), `RedisFull` or `RedisRefused`.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, cast
@@ -189,17 +190,15 @@ class Settlement:
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """How long limits serve, fresh and then stale while Zion is away; and how long idle accounts are kept."""
+    """How long limits serve: fresh, and then stale while Zion is away."""
 
     fresh_ms: int
     stale_ms: int
-    idle_s: int
 
     @classmethod
     def of(cls, *, cache_ttl_s: float, max_stale_s: float) -> Freshness:
         """From the settings `CACHE_TTL_SECONDS` and `LIMITS_MAX_STALE_SECONDS`."""
-        idle_s = int(cache_ttl_s + max_stale_s) + 1
-        return cls(fresh_ms=int(cache_ttl_s * 1000), stale_ms=int(max_stale_s * 1000), idle_s=idle_s)
+        return cls(fresh_ms=int(cache_ttl_s * 1000), stale_ms=int(max_stale_s * 1000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +316,6 @@ class Accounts:
             freshness.fresh_ms,
             freshness.stale_ms,
             int(next_refresh_s * 1000),
-            freshness.idle_s,
         ]
         for name, confirmed in zip(LIMIT_NAMES, start.confirmed, strict=True):
             args += (*_snapshot_args(by_name.get(name), now_s), confirmed)
@@ -351,7 +349,7 @@ class Accounts:
         """How many users of a shard are kept fresh, and when the first of them is due (Unix s; None: there is none)."""
         key = keys.due(shard)
         count, first = self._lane.submit(key, "ZCARD", key), self._lane.submit(key, "ZRANGE", key, 0, 0, "WITHSCORES")
-        users, due = cast("int", await count), cast("list[bytes]", await first)
+        users, due = cast("tuple[int, list[bytes]]", tuple(await asyncio.gather(count, first)))
         return users, float(due[1]) / 1000 if due else None
 
 

@@ -6,6 +6,7 @@ may go on without it. Tokens are never stored, only their SHA-256.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
@@ -109,10 +110,8 @@ class Directory:
             for side, amount in zip(_RATIO_SIDES, amounts, strict=True)
         ]
         sent += [self._lane.submit(key, "EXPIRE", key, keys.TOKEN_RATIOS_TTL_S)]
-        reply = self._lane.submit(key, "HGETALL", key)
-        for queued in sent:
-            await queued
-        sums = _ratio_sums(cast("list[bytes]", await reply))
+        *_, reply = await asyncio.gather(*sent, self._lane.submit(key, "HGETALL", key))
+        sums = _ratio_sums(cast("list[bytes]", reply))
         for family, (local, upstream) in sums.items():
             if local > most_tokens:
                 halves = (f"{family}:local", local // 2, f"{family}:upstream", upstream // 2)

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 REFRESH_AHEAD: Final = 0.8
 JITTER: Final = 0.1
-_LATENCY_WEIGHT: Final = 0.1
-_ROUND_S: Final = 0.1
-"""limits-sync looks every 200 ms who is due."""
+_LATE_JITTER: Final = 0.02
+_WEIGHT_UP: Final = 0.3
+_WEIGHT_DOWN: Final = 0.1
+_ROUND_S: Final = 0.2
+"""limits-sync looks every 200 ms who is due, and Redis takes its time."""
 
 
 class LimitsRefresher:
@@ -41,7 +43,7 @@ class LimitsRefresher:
         self._freshness = freshness
         self._clock = clock
         self._uniform = uniform
-        self._latency_s = 0.0
+        self._latency_s: float | None = None
 
     async def refresh(self, external_id: str, *, background: bool) -> CommitOutcome:
         """Ask Zion once and commit its answer; OVERTAKEN means that someone else has just committed a newer one.
@@ -57,7 +59,7 @@ class LimitsRefresher:
         except UnknownUser:
             await self._note_unknown(external_id)
             raise
-        self._latency_s += _LATENCY_WEIGHT * (self._clock.monotonic_s() - asked_s - self._latency_s)
+        self._latency_s = smoothed_s(self._latency_s, self._clock.monotonic_s() - asked_s)
         fresh_s = self._freshness.fresh_ms / 1000
         return await self._accounts.refresh_commit(
             external_id=external_id,
@@ -75,11 +77,18 @@ class LimitsRefresher:
             return  # the next request asks Zion again
 
 
+def smoothed_s(known_s: float | None, seen_s: float) -> float:
+    """How long Zion takes, after one more call. Up fast: an answer that comes too late is worse than one too early."""
+    if known_s is None:
+        return seen_s
+    return known_s + (_WEIGHT_UP if seen_s > known_s else _WEIGHT_DOWN) * (seen_s - known_s)
+
+
 def next_refresh_s(fresh_s: float, *, latency_s: float, uniform: float) -> float:
     """When to refresh limits that are fresh for `fresh_s`: at 80 % +- 10 %, so that users spread out.
 
     Earlier where Zion takes so long (`latency_s`) that its answer would come too late. `uniform` is in [0, 1).
     """
     usual_s = fresh_s * (REFRESH_AHEAD + JITTER * (2 * uniform - 1))
-    in_time_s = fresh_s - 1.05 * latency_s - _ROUND_S
+    in_time_s = fresh_s * (1 - _LATE_JITTER * uniform) - 1.03 * latency_s - _ROUND_S
     return max(0.1 * fresh_s, min(usual_s, in_time_s))

@@ -103,10 +103,9 @@ class Backlog:
 class UsageQueue:
     """All shards' queues, through one lane."""
 
-    def __init__(self, lane: RedisLane, scripts: QueueScripts, *, idle_s: int, wait_replicas: int = 0) -> None:
+    def __init__(self, lane: RedisLane, scripts: QueueScripts, *, wait_replicas: int = 0) -> None:
         self._lane = lane
         self._scripts = scripts
-        self._idle_s = idle_s
         self._wait_replicas = wait_replicas
 
     async def claim(
@@ -173,22 +172,23 @@ class UsageQueue:
     async def note_not_applied(self, batch: Batch) -> None:
         """The attempt surely was not applied; if none before it may have been, the next is free to choose its way."""
         if not batch.maybe_applied:
-            key = keys.batch_prefix(batch.shard) + batch.batch_id
-            await self._lane.submit(key, "HSET", key, "cleared", batch.attempts)
+            await self._note(batch, "cleared", batch.attempts)
 
-    async def note_singles(self, batch: Batch) -> None:
-        """From now on this batch is sent item by item, whoever sends it."""
-        key = keys.batch_prefix(batch.shard) + batch.batch_id
-        await self._lane.submit(key, "HSET", key, "singles", 1)
+    async def note_singles(self, batch: Batch) -> bool:
+        """From now on this batch is sent item by item, whoever sends it; False: somebody acknowledged or split it."""
+        return await self._note(batch, "singles", 1)
 
     async def note_done(self, batch: Batch, index: int, result: IncrementResult) -> None:
         """Remember the fate of one item of a batch that is sent item by item."""
+        await self._note(batch, f"done:{index}", msgspec.json.encode(result))
+
+    async def _note(self, batch: Batch, name: str, value: bytes | int) -> bool:
         key = keys.batch_prefix(batch.shard) + batch.batch_id
-        await self._lane.submit(key, "HSET", key, f"done:{index}", msgspec.json.encode(result))
+        return await self._lane.call(self._scripts.note, (key,), (name, value)) == 1
 
     async def ack(self, batch: Batch, results: Sequence[IncrementResult]) -> bool:
         """Book Zion's word on each item, in the batch's order; False when it was booked before (no effect)."""
-        args: list[str | int] = [batch.batch_id, keys.account_prefix(batch.shard), self._idle_s]
+        args: list[str | int] = [batch.batch_id, keys.account_prefix(batch.shard)]
         for item, result in zip(batch.increments(), results, strict=True):
             outcome = APPLIED if result.applied else NEVER if result.permanent else NOT_APPLIED
             args += [
@@ -336,6 +336,7 @@ class QueueScripts:
 
     claim: Script
     lease_batch: Script
+    note: Script
     ack: Script
     split: Script
     reap: Script

@@ -50,7 +50,7 @@ class Bench:
                 external_id=user,
                 start=await self.accounts.refresh_begin(user),
                 limits=limits,
-                freshness=Freshness(fresh_ms=600_000, stale_ms=600_000, idle_s=600),
+                freshness=Freshness(fresh_ms=600_000, stale_ms=600_000),
                 next_refresh_s=500,
                 now_s=time.time(),
             )

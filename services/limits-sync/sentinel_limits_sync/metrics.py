@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class SyncMetrics:
-    """All of them, in one registry."""
+    """All of them, in one registry. `stats` are those that `/health` shows."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -31,3 +31,8 @@ class SyncMetrics:
         self.breaker_open = Gauge(
             "sentinel_breaker_open", "1 while the breaker towards it is not closed", ["dependency"], registry=registry
         )
+
+    def stats(self) -> dict[str, float]:
+        """For people: how much there is to do, and how it goes."""
+        shown = {"users": self.users, "refreshes_running": self.running, "lateness_seconds": self.lateness}
+        return {name: next(iter(gauge.collect())).samples[0].value for name, gauge in shown.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import sys
+import time
 
 import uvloop
 
@@ -28,10 +30,10 @@ def _run() -> int:
     return uvloop.run(worker.run(settings))
 
 
-async def _dead_letters(settings: Settings, options: object) -> int:
+async def _dead_letters(settings: Settings, options: argparse.Namespace) -> int:
     lane = await worker.connect(settings)
     try:
-        return await dead_letters.run(worker.queue_of(settings, lane), options)  # type: ignore[arg-type]
+        return await dead_letters.run(worker.queue_of(settings, lane), options, now_s=time.time())
     finally:
         await lane.close()
 

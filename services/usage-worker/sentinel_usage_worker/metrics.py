@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class WorkerMetrics:
-    """All of them, in one registry."""
+    """All of them, in one registry. `stats` are those that `/health` shows."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -19,13 +19,19 @@ class WorkerMetrics:
         self.reservations = Gauge("sentinel_usage_reservations", "Requests that hold a lease", registry=registry)
         self.unaccounted = Gauge(
             "sentinel_usage_unaccounted_tokens",
-            "Settled, but neither sent, dropped nor waiting: not 0 for long means lost or doubled",
+            "Settled, but neither sent, dropped nor waiting: not 0 for long means lost or doubled; NaN: not computed",
             registry=registry,
         )
         self.batch_items = Histogram(
             "sentinel_usage_batch_items", "Items of a batch", buckets=(1, 3, 10, 30, 100, 300, 1000), registry=registry
         )
         self.flush_seconds = Histogram("sentinel_usage_flush_seconds", "Zion's part of a batch", registry=registry)
+        self.lag_seconds = Histogram(
+            "sentinel_usage_lag_seconds",
+            "From a batch's claim until Zion's word on it was booked",
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1_000, 10_000),
+            registry=registry,
+        )
         self.flushes = Counter(
             "sentinel_usage_flushes_total", "Batches by what became of them", ["result"], registry=registry
         )
@@ -37,3 +43,13 @@ class WorkerMetrics:
             "sentinel_breaker_open", "1 while the breaker towards it is not closed", ["dependency"], registry=registry
         )
         self.key_refused = Counter("sentinel_zion_key_refused_total", "Zion refused Sentinel's key", registry=registry)
+
+    def stats(self) -> dict[str, float]:
+        """For people: what waits, and how it goes."""
+        shown = {
+            "users_waiting": self.queue_depth,
+            "oldest_age_seconds": self.oldest_age,
+            "open_batches": self.open_batches,
+            "dead_letters": self.dead_letters,
+        }
+        return {name: next(iter(gauge.collect())).samples[0].value for name, gauge in shown.items()}

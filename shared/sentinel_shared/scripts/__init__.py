@@ -8,7 +8,7 @@ from typing import Final
 from sentinel_shared.redis_lane import Script
 
 _INCLUDE: Final = "--@ "
-_ALLOW_OOM: Final = frozenset({"settle", "extend", "reap", "claim", "ack", "lease_batch", "split", "bury"})
+_ALLOW_OOM: Final = frozenset({"settle", "extend", "reap", "claim", "ack", "lease_batch", "note", "split", "bury"})
 """Scripts that pay debts run even when Redis is full: they free memory, or keep usage from being lost."""
 
 

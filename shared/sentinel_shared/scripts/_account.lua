@@ -15,6 +15,21 @@ local function used(a, at)
   return a[at + BASE] + a[at + PENDING] + a[at + INFLIGHT] + a[at + DEAD]
 end
 
+-- Nothing is owed, promised or credited: the account may expire when idle.
+local function quiet(a)
+  for at = 12, 36, 12 do
+    if a[at + PENDING] ~= 0 or a[at + INFLIGHT] ~= 0 or a[at + DEAD] ~= 0 or a[at + RESERVED] ~= 0 then
+      return false
+    end
+  end
+  return true
+end
+
+-- An account at rest lives on as long as its limits may serve, and as the longest sliding window remembers (a day).
+local function rest(account, a, now_ms)
+  redis.call('PEXPIRE', account, math.max(a[STALE] - now_ms, 86400000))
+end
+
 -- The first script to meet a period's end starts the new period at 0; what is still on its way to Zion stays counted.
 local function roll_over(a, at, now_s)
   while a[at + PERIOD_END] > 0 and now_s >= a[at + PERIOD_END] do

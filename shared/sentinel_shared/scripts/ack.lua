@@ -1,7 +1,7 @@
 -- Zion's word on a batch: what was applied becomes base, what certainly was not goes back to pending, what never will be waits
 -- in the dead letters. A batch that is not there any more was acknowledged before: no effect.
 -- KEYS  1 queue   2 batches   3 the batch   4 dead letters   5 tallies
--- ARGV  1 batch id   2 what an account's key begins with   3 life of an idle account, s
+-- ARGV  1 batch id   2 what an account's key begins with
 --       then per item: external id, number of the limit (1-3), amount, outcome (1 applied, 0 not applied, -1 never), new value or '', reason
 -- Returns 1, or 0 when it was acknowledged before.
 --@ _account
@@ -15,24 +15,22 @@ local now_ms = now_s * 1000 + math.floor(time[2] / 1000)
 local sent_tokens = 0
 
 local function finish(account, ext, a)
-  local owed, quiet = false, true
+  local owed, idle = false, quiet(a)
   for i = 1, 3 do
-    local at = 12 * i
-    owed = owed or a[at + PENDING] > 0
-    quiet = quiet and a[at + PENDING] == 0 and a[at + INFLIGHT] == 0 and a[at + DEAD] == 0 and a[at + RESERVED] == 0
+    owed = owed or a[12 * i + PENDING] > 0
   end
-  a[EXPIRES] = quiet and 1 or 0
+  a[EXPIRES] = idle and 1 or 0
   redis.call('HSET', account, 'ledger', struct.pack(LEDGER, unpack(a, 1, 47)))
   redis.call('HDEL', account, 'batch')
   if owed then
     redis.call('ZADD', KEYS[1], 'LT', now_ms, ext)
-  elseif quiet then
-    redis.call('EXPIRE', account, ARGV[3])
+  elseif idle then
+    rest(account, a, now_ms)
   end
 end
 
 local account, ext, a
-for j = 4, #ARGV, 6 do
+for j = 3, #ARGV, 6 do
   if ARGV[j] ~= ext then
     if a then
       finish(account, ext, a)
@@ -65,7 +63,7 @@ for j = 4, #ARGV, 6 do
     end
   end
   if outcome == '-1' then
-    redis.call('HSET', KEYS[4], ARGV[1] .. '-' .. (j - 4) / 6, string.format(
+    redis.call('HSET', KEYS[4], ARGV[1] .. '-' .. (j - 3) / 6, string.format(
       '{"external_id":%s,"limit_name":"%s","amount":%d,"since_ms":%d,"reason":%s}',
       cjson.encode(ext), NAMES[i], amount, now_ms, cjson.encode(ARGV[j + 5])))
   end

@@ -34,7 +34,12 @@ for i = 1, 3 do
   end
 end
 if ledger or ARGV[2] == 'replay' then
+  local idle = quiet(a)
+  a[EXPIRES] = idle and 1 or 0
   redis.call('HSET', KEYS[2], 'ledger', struct.pack(LEDGER, unpack(a, 1, 47)))
+  if idle then
+    rest(KEYS[2], a, now_ms)
+  end
 end
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[3], '*', 'event', cjson.encode({outcome = ARGV[2], dead_letter = letter}))

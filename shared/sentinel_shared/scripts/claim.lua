@@ -35,6 +35,10 @@ for u = 1, #dirty, 2 do
     end
     if #items > before then
       redis.call('HSET', account, 'ledger', struct.pack(LEDGER, unpack(a, 1, 47)), 'batch', ARGV[1])
+    elseif a[EXPIRES] == 0 and quiet(a) then -- corrected to nothing: no ack will come to let the account expire
+      a[EXPIRES] = 1
+      redis.call('HSET', account, 'ledger', struct.pack(LEDGER, unpack(a, 1, 47)))
+      rest(account, a, now_ms)
     end
   end
   redis.call('ZREM', KEYS[1], ext) -- whoever has a batch in flight is put back by its ack

@@ -2,7 +2,7 @@
 -- must not bring old limits back. What was acknowledged since then may or may not be in the answer's `used`: see below.
 -- KEYS  1 account   2 due
 -- ARGV  1 external id   2 epoch at the begin (-1: the account was not there)   3 fresh for, ms   4 stale after that for, ms
---       5 next refresh in, ms   6 life of an idle account, s
+--       5 next refresh in, ms
 --       then for each of the three limits: limit (-1 unlimited, -2 absent), used, period (0-4), period start s (0 none),
 --       period end s (0 never), the end after that s (0 unknown), confirmed at the begin
 -- Returns 1 committed   0 overtaken by a newer answer: no effect   2 committed but for limits whose period was over in the answer
@@ -26,11 +26,11 @@ else
     a[i] = 0
   end
 end
-local outcome, quiet = 1, true
+local outcome = 1
 local due_ms = now_ms + ARGV[5]
 local regular_ms = due_ms
 for i = 1, 3 do
-  local at, arg = 12 * i, 7 * i
+  local at, arg = 12 * i, 7 * i - 1
   local limit, period_end = tonumber(ARGV[arg]), tonumber(ARGV[arg + 4])
   if known then
     roll_over(a, at, now_s)
@@ -67,7 +67,6 @@ for i = 1, 3 do
       end
     end
   end
-  quiet = quiet and a[at + PENDING] == 0 and a[at + INFLIGHT] == 0 and a[at + DEAD] == 0 and a[at + RESERVED] == 0
 end
 a[EPOCH] = a[EPOCH] + 1
 -- limits-sync refreshes ahead; only where it should have and did not, a request finds the limits not fresh any more
@@ -77,12 +76,17 @@ a[COMMITTED] = now_ms
 if not known then
   a[SEEN] = now_ms
 end
-a[EXPIRES] = quiet and 1 or 0
+local idle = quiet(a)
+a[EXPIRES] = idle and 1 or 0
 redis.call('HSET', KEYS[1], 'ledger', struct.pack(LEDGER, unpack(a, 1, 47)))
-if quiet then
-  redis.call('EXPIRE', KEYS[1], ARGV[6])
+if idle then
+  rest(KEYS[1], a, now_ms)
 else
   redis.call('PERSIST', KEYS[1])
 end
-redis.call('ZADD', KEYS[2], math.max(due_ms, now_ms + 500), ARGV[1])
+-- Whoever is refreshed is leased, so due later than now; due by now means marked meanwhile, perhaps after Zion answered.
+local marked_ms = known and tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1]) or math.huge)
+if not marked_ms or marked_ms > now_ms then
+  redis.call('ZADD', KEYS[2], math.max(due_ms, now_ms + 500), ARGV[1])
+end
 return outcome

@@ -88,6 +88,8 @@ if window_ms > 0 and outcome == 1 then
   end
 end
 
+local idle = not owed and quiet(a)
+a[EXPIRES] = idle and 1 or 0
 redis.call('HSET', account, 'ledger', struct.pack(LEDGER, unpack(a, 1, 47)))
 if outcome == 1 then
   redis.call('HDEL', account, 'r:' .. rid)
@@ -99,6 +101,8 @@ end
 redis.call('SET', KEYS[6], '1', 'EX', ARGV[9])
 if owed then
   redis.call('ZADD', KEYS[3], 'LT', dirty_ms, ext)
+elseif idle then -- a refund: no ack will come to let the account expire
+  rest(account, a, now_ms)
 end
 if ARGV[6] ~= '' then
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[7], '*', 'event', ARGV[6])

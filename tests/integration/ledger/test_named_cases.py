@@ -18,7 +18,7 @@ from sentinel_shared.usage_queue import UsageQueue
 from tests.integration.ledger.conftest import ACCOUNT_SCRIPTS, QUEUE_SCRIPTS
 
 NUMBERS = itertools.count()
-FRESHNESS = Freshness(fresh_ms=60_000, stale_ms=60_000, idle_s=60)
+FRESHNESS = Freshness(fresh_ms=60_000, stale_ms=60_000)
 OFF = Window(0, 0, 0)
 
 
@@ -38,7 +38,7 @@ class Case:
         self.lane = lane
         self.user = user or unique("user")
         self.accounts = Accounts(lane, ACCOUNT_SCRIPTS, window=window, lease_s=lease_s)
-        self.queue = UsageQueue(lane, QUEUE_SCRIPTS, idle_s=60)
+        self.queue = UsageQueue(lane, QUEUE_SCRIPTS)
 
     def commit(self, *limits, start=None):
         begun = start or self.run(self.accounts.refresh_begin(self.user))
@@ -210,13 +210,40 @@ def test_a_user_has_one_batch_in_flight_at_most_and_is_put_back_by_its_ack(case)
     assert [item.amount for item in second.increments() if item.external_id == one.user] == [1]
 
 
+def test_halves_of_a_batch_stand_for_their_users(case):
+    one, two = case(user=unique("half")), case()
+    shard = keys.shard_of(one.user)
+    while keys.shard_of(two.user) != shard:
+        two = case()
+
+    def use():
+        for each in (one, two):
+            rid = unique("r")
+            assert each.admit(rid=rid).admitted
+            each.settle(rid)
+
+    def claim():
+        return one.run(
+            one.queue.claim(shard, batch_id=unique("b"), users=100, items=1000, lease_s=9, gather_s=0, enough_users=1)
+        )
+
+    while claim():
+        pass  # what other cases have left in this shard
+    for each in (one, two):
+        each.commit(snapshot("ai_requests", 100))
+    use()
+    assert one.run(one.queue.split(claim(), first_id=unique("b"), second_id=unique("b")))
+    use()
+    assert claim() is None, "a user has one batch in flight at most"
+
+
 def test_a_batch_that_too_few_replicas_have_is_kept_and_not_sent(case):
     one = case()
     one.commit(snapshot("ai_requests", 100))
     rid = unique("r")
     assert one.admit(rid=rid).admitted
     one.settle(rid)
-    careful = UsageQueue(one.lane, QUEUE_SCRIPTS, idle_s=60, wait_replicas=1)
+    careful = UsageQueue(one.lane, QUEUE_SCRIPTS, wait_replicas=1)
     shard = keys.shard_of(one.user)
     with pytest.raises(RedisUnavailable, match="0 of 1 replicas"):
         one.run(
@@ -256,6 +283,35 @@ def test_a_late_answer_does_not_bring_old_limits_back(case):
     assert one.commit(snapshot("ai_requests", 3)) is CommitOutcome.COMMITTED
     assert one.commit(snapshot("ai_requests", 10), start=late) is CommitOutcome.OVERTAKEN
     assert one.view().limits[0].limit == 3
+
+
+def test_an_account_at_rest_outlives_its_limits_by_the_longest_window(case):
+    one = case(window=Window(86_400_000, 3, 0))
+    one.commit(snapshot("ai_requests", 10))
+    rid = unique("r")
+    assert one.admit(rid=rid).admitted
+    assert one.run(one.lane.execute(keys.account(one.user), "TTL", keys.account(one.user))) == -1
+    one.settle(rid, requests=0)
+    assert one.run(one.lane.execute(keys.account(one.user), "TTL", keys.account(one.user))) > 86_000
+    assert one.view().window_requests == 1
+
+
+def test_a_mark_that_comes_before_an_older_answer_is_committed_stays_due(case):
+    one = case()
+    one.commit(snapshot("ai_requests", 10))
+    due = keys.due(keys.shard_of(one.user))
+
+    def due_in_s():
+        return float(one.run(one.lane.execute(due, "ZSCORE", due, one.user))) / 1000 - time.time()
+
+    assert due_in_s() > 40
+    start = one.run(one.accounts.refresh_begin(one.user))
+    one.run(one.accounts.mark_due(one.user, now_s=time.time()))
+    one.commit(snapshot("ai_requests", 11), start=start)
+    assert due_in_s() <= 0
+    one.run(one.accounts.mark_due(one.user, now_s=time.time() + 5))
+    one.commit(snapshot("ai_requests", 12))
+    assert due_in_s() > 40
 
 
 def test_a_period_rolls_over_by_itself_and_what_is_owed_stays_counted(case):
