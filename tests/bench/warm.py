@@ -68,10 +68,10 @@ class Warm:
         self.system.__exit__(*error)
 
     def phase(self, *, zion_takes_s: float, seconds: float) -> Figures:
-        """Load for `seconds`, after two TTLs of the same that are not counted: the pace of the refreshes settles."""
+        """Load for `seconds`, after three TTLs of the same that are not counted: the pace of the refreshes settles."""
         rules = [{"route": "limits", "kind": "delay", "seconds": zion_takes_s}] if zion_takes_s else []
         self.system.zion.post("/admin/faults", rules)
-        asyncio.run(self._load(seconds=2 * TTL_S))
+        asyncio.run(self._load(seconds=3 * TTL_S))
         gets, waited, stale = self._gets(), self._cache("miss"), self._cache("stale")
         latencies_s, other = asyncio.run(self._load(seconds=seconds))
         latencies_s.sort()

@@ -12,6 +12,8 @@ import pytest
 from tests.bench.warm import Warm
 from tests.support.system import System, eventually
 
+pytestmark = pytest.mark.xdist_group("e2e-warm")
+
 BODY = {"model": "openai/gpt-4o", "messages": [{"role": "user", "content": "say 2 tokens"}]}
 
 

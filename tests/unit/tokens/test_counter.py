@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import random
 import string
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, cast
@@ -173,6 +174,21 @@ async def test_beyond_the_bound_on_queued_bytes_the_length_estimates(stuck: Stuc
         assert await first == 1
         assert counter.queued_bytes == 0
         assert await count(counter, Completions(prompt=text)) == 1
+    finally:
+        counter.close()
+
+
+async def test_threads_give_the_loop_its_turn_at_once_for_as_long_as_they_count(stuck: Stuck) -> None:
+    counter = made_of(stuck)
+    usual_s = sys.getswitchinterval()
+    try:
+        counts = [asyncio.ensure_future(count(counter, Completions(prompt="a" * 5_000))) for _ in range(3)]
+        while not stuck.entered.is_set():
+            await asyncio.sleep(0.001)
+        assert sys.getswitchinterval() < usual_s / 10
+        stuck.let_go.set()
+        await asyncio.gather(*counts)
+        assert sys.getswitchinterval() == usual_s
     finally:
         counter.close()
 
