@@ -17,7 +17,6 @@ from sentinel_shared.scripts import load
 from sentinel_shared.units import next_period_end_s, period_end_s, period_start_s
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
 
     from sentinel_shared.redis_lane import RedisLane, Reply, Script

@@ -25,7 +25,8 @@ def proxies(tmp_path_factory):
 
 async def flood(system, user, seconds):
     """Requests as fast as they go over all proxies; of each that passed, when it was sent and answered."""
-    passed, refused = [], []
+    passed: list[tuple[float, float, httpx.Response]] = []
+    refused: list[tuple[float, float, httpx.Response]] = []
     until_s = time.monotonic() + seconds
 
     async def client(proxy, http):
