@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := deploy/requirements/dev.txt
 PACKAGES := shared services/proxy services/usage-worker services/limits-sync deploy/dev
-CODE := $(PACKAGES) tests
+CODE := $(PACKAGES) deploy/compose tests
 
 # PYTHON=/path/to/python chooses the interpreter that .venv is made with.
 PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3 python)

@@ -25,6 +25,7 @@ from sentinel_shared.units import format_rfc3339
 
 CHECK_TIMEOUT_S: Final = 0.8
 CACHE_S: Final = 2.0
+_WATCH_EVERY_S: Final = 1.0
 
 Check = Callable[[], Awaitable[float | None]]
 """Asks one part that the service needs: returns its latency in ms, or None to have it measured; raises when away."""
@@ -109,6 +110,7 @@ class Health:
         self._results: dict[str, CheckResult] = {}
         self._asked_at_s = float("-inf")
         self._one_at_a_time = asyncio.Lock()
+        self._left_behind: set[asyncio.Future[float | None]] = set()
 
     async def report(self) -> dict[str, Any]:
         """The body of `/health`."""
@@ -135,6 +137,12 @@ class Health:
         }
         return {"status": "not ready", "checks": failing} if failing else {"status": "ready"}
 
+    async def watch(self, tell: Callable[[bool], None]) -> None:
+        """Until cancelled: tell every second whether this process is ready, for a gauge that is scraped."""
+        while True:
+            tell((await self.readiness())["status"] == "ready")
+            await self._clock.sleep(_WATCH_EVERY_S)
+
     async def _fresh_results(self) -> dict[str, CheckResult]:
         async with self._one_at_a_time:
             if self._clock.monotonic_s() - self._asked_at_s >= self._cache_s:
@@ -146,14 +154,32 @@ class Health:
     async def _run(self, check: Check) -> CheckResult:
         started_s, told_ms, error = self._clock.monotonic_s(), None, None
         try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                told_ms = await check()
+            told_ms = await self._in_time(check)
         except Exception as raised:  # noqa: BLE001 -- whatever a check raises is its verdict, never a 500 to a probe
             error = type(raised).__name__
             if not isinstance(raised, SentinelError | TimeoutError):
                 _log.exception("a health check failed in an unforeseen way")
         measured_ms = (self._clock.monotonic_s() - started_s) * 1000
         return CheckResult(round(measured_ms if told_ms is None else told_ms, 3), error)
+
+    async def _in_time(self, check: Check) -> float | None:
+        # Not by asyncio.timeout, which waits on for a check that swallows its cancellation, and all probes with it.
+        asking = asyncio.ensure_future(check())
+        try:
+            done, _ = await asyncio.wait({asking}, timeout=CHECK_TIMEOUT_S)
+        finally:
+            if not asking.done():
+                asking.cancel()
+                self._left_behind.add(asking)
+                asking.add_done_callback(self._forget)
+        if not done:
+            raise TimeoutError
+        return asking.result()
+
+    def _forget(self, asking: asyncio.Future[float | None]) -> None:
+        self._left_behind.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # it comes too late for anybody
 
 
 class StatusPages:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.containers.project import PORTS, docker, inspected
@@ -17,6 +19,7 @@ def test_an_image_says_how_it_is_used(images, service):
     config = inspected(images[service])["Config"]
     assert config["User"] == "10001:10001"
     assert config["Cmd"] == ["sentinel"]
+    assert config["Entrypoint"] == ["sh", "/opt/sentinel/start.sh"]
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert f"{PORTS[service]}/tcp" in config["ExposedPorts"]
     assert "/var/spool/sentinel" in config["Volumes"]
@@ -32,10 +35,12 @@ def test_an_image_has_nothing_to_build_or_install_with(images, service):
 
 def test_an_image_has_what_its_own_service_needs_and_not_what_others_do(images):
     packages = {service: set(said(images[service], "python", "-c", LISTED).split()) for service in SERVICES}
-    assert {"tiktoken", "pyreqwest"} <= packages["proxy"]
+    proxys = {"tiktoken", "pyreqwest", "opentelemetry-sdk"}
+    assert proxys <= packages["proxy"]
     assert "arq" not in packages["proxy"]
     assert "arq" in packages["usage-worker"]
-    assert not {"tiktoken", "pyreqwest"} & (packages["usage-worker"] | packages["limits-sync"])
+    assert not proxys & (packages["usage-worker"] | packages["limits-sync"])
+    assert said(images["proxy"], "python", "-c", "import sentinel_proxy.tracing") == ""
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -44,6 +49,19 @@ def test_a_missing_setting_is_said_in_one_line(images, service):
     line, code = told.splitlines()
     assert line.startswith("ZION_API_URL is not set")
     assert code == "2"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_without_an_init_stops_at_once_in_every_phase_of_its_start(images, service):
+    settings = ("ZION_API_URL=http://zion", "ZION_API_KEY=k", "VERCEL_AI_GATEWAY_API_KEY=k")
+    options = [f"--env={setting}" for setting in settings]
+    for phase_s in (0, 0.1, 0.3, 0.6, 1.0):
+        container = docker("run", "-d", "--network=none", *options, images[service]).strip()
+        time.sleep(phase_s)  # whichever phase that is: none of them may end in a SIGKILL
+        docker("stop", "--time=15", container)
+        code = inspected(container)["State"]["ExitCode"]
+        docker("rm", container)
+        assert code in {0, 1, 143}, phase_s  # drained; gave up Redis by itself; ended by the signal
 
 
 def test_the_spool_can_be_written_and_nothing_else(images):

@@ -75,6 +75,7 @@ async def run(settings: Settings) -> int:
             going = [
                 group.create_task(rounds.run()),
                 group.create_task(_keep_gauges(lane, accounts, metrics, breaker, clock)),
+                group.create_task(health.watch(metrics.ready.set)),
             ]
             await stopping.wait()
             health.draining = True

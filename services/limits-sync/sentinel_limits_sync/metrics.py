@@ -10,6 +10,7 @@ class SyncMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.ready = Gauge("sentinel_ready", "1 while this process can do its work", registry=registry)
         self.refreshes = Counter(
             "sentinel_limits_refreshes_total", "Refreshes by what became of them", ["result"], registry=registry
         )

@@ -22,6 +22,7 @@ from sentinel_proxy.meter import Meter
 from sentinel_proxy.metrics import ProxyMetrics
 from sentinel_proxy.models import Models
 from sentinel_proxy.routes import Gate, not_found, status_routes, support_routes, webhook_routes
+from sentinel_proxy.settings import RedisFailMode
 from sentinel_proxy.spool import Spool, ledger_name
 from sentinel_proxy.tokens import Ratios, TokenCounter
 from sentinel_proxy.toolbox import Load, Toolbox
@@ -38,10 +39,11 @@ from sentinel_shared.status_server import Health, StatusPages
 from sentinel_shared.zion_client import ZionClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from sentinel_proxy.exchange import Receive, Scope, Send
     from sentinel_proxy.settings import Settings
+    from sentinel_proxy.tracing import Tracing
 
 _TOKENIZER_THREADS: Final = 1
 _SETTLE_AT_CLOSE_S: Final = 5.0
@@ -51,7 +53,7 @@ _GAUGES_EVERY_S: Final = 1.0
 class SentinelApp(FastAPI):
     """A FastAPI app whose paths under /v1 go straight to raw ASGI endpoints: a decorated route costs 230 us."""
 
-    def __init__(self, gate: Gate, health: Health) -> None:
+    def __init__(self, gate: Callable[[Scope, Receive, Send], Awaitable[None]], health: Health) -> None:
         super().__init__(
             title="Sentinel", version=version("sentinel-proxy"), docs_url=None, redoc_url=None, openapi_url=None
         )
@@ -73,8 +75,8 @@ class SentinelApp(FastAPI):
 async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
     """The app, ready to serve: encodings are loaded and Redis knows the scripts.
 
-    Started in this order, stopped in reverse: metrics, tokenizer and Redis (at the same time), Zion's client, the
-    upstream's client, who-may, what-it-cost, then the background tasks, which are the first to end. What is being
+    Started in this order, stopped in reverse: metrics, tokenizer and Redis (at the same time), Zion's client, traces,
+    the upstream's client, who-may, what-it-cost, then the background tasks, which are the first to end. What is being
     settled is waited for before Redis is left. Raises RedisUnavailable, RedisRefused, SpoolUnusable.
     """
     async with AsyncExitStack() as stack:
@@ -84,8 +86,7 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
             requests=settings.rate_limit_requests,
             tokens=settings.rate_limit_tokens,
         )
-        registry = new_registry()
-        metrics = ProxyMetrics(registry, models=())
+        metrics = ProxyMetrics(new_registry(), models=())
         scripts = AccountScripts.load()
         loading = asyncio.create_task(asyncio.to_thread(_load_counter, metrics))
         lane = await RedisLane.connect(
@@ -109,7 +110,9 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
             clock=clock,
         )
         stack.push_async_callback(zion.aclose)
-        upstream = Upstream.open(
+        tracing = _tracing(settings, clock)
+        stack.push_async_callback(tracing.close)
+        upstream = tracing.upstream.open(
             base_url=settings.gateway_url,
             api_key=settings.gateway_api_key.reveal(),
             connect_timeout_s=settings.upstream_connect_timeout_s,
@@ -162,26 +165,27 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
             turns=itertools.count(),
             load=Load(),
         )
-        access_log = _access_log(settings)
-        if access_log is not None:
+        access_logs = _access_logs(settings)
+        for access_log in access_logs:
             stack.callback(access_log.flush)
         health = Health(
             {"redis": lane.ping, "zion": _breaker_check(breaker), "upstream": _learned_check(models)},
-            needed=["redis"],
+            # Else a process does its work without Redis, too: were it not ready, the mode would never be of use.
+            needed=["redis"] if settings.redis_fail_mode is RedisFailMode.CLOSED else [],
             version=version("sentinel-proxy"),
             clock=clock,
             stats=lambda: {"inflight_requests": tools.load.count, "reservations": meter.running},
         )
-        app = SentinelApp(Gate(tools, window, access_log), health)
+        app = SentinelApp(tracing.around(Gate(tools, window, [*tracing.reports, *access_logs])), health)
         _include_routes(
             app,
             tools,
             directory=directory,
             accounts=accounts,
             window=window,
-            scrape=lambda: exposition(registry, os.environ),
+            scrape=lambda: exposition(metrics.registry, os.environ),
         )
-        background = [meter.run(), models.learn(), _keep_gauges(tools, breaker)]
+        background = [meter.run(), models.learn(), _keep_gauges(tools, breaker), health.watch(metrics.ready.set)]
         if settings.token_calibration:
             background.append(calibration.share(tools.ratios, directory, clock))
         for work in background:
@@ -221,10 +225,32 @@ async def _keep_gauges(tools: Toolbox, breaker: Breaker) -> None:
         await asyncio.sleep(_GAUGES_EVERY_S)
 
 
-def _access_log(settings: Settings) -> AccessLog | None:
+def _access_logs(settings: Settings) -> list[AccessLog]:
+    """None or one."""
     if settings.log_level not in {LogLevel.DEBUG, LogLevel.INFO}:
-        return None
-    return AccessLog(sys.stdout.buffer, service="sentinel-proxy")
+        return []
+    return [AccessLog(sys.stdout.buffer, service="sentinel-proxy")]
+
+
+class _Untraced:
+    """In the place of Tracing where there is none: what is passed through it is as it was."""
+
+    upstream = Upstream
+    reports = ()
+
+    def around(self, gate: Gate) -> Gate:
+        return gate
+
+    async def close(self) -> None:
+        return
+
+
+def _tracing(settings: Settings, clock: SystemClock) -> Tracing | _Untraced:
+    if settings.traces_url is None:
+        return _Untraced()
+    from sentinel_proxy.tracing import Tracing  # noqa: PLC0415 - a library that costs nobody who does not use it
+
+    return Tracing.open(settings, settings.traces_url, version=version("sentinel-proxy"), clock=clock)
 
 
 def _rids() -> Callable[[], str]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from sentinel_proxy.errors import upstream_rejected
+from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
-from sentinel_proxy.relaying import Outlet, relay_stream
+from sentinel_proxy.relaying import Outlet, relay_stream, watching
 from sentinel_proxy.settings import QuotaMode
 from sentinel_proxy.sse import SseRelay, find_usage
 from sentinel_proxy.tokens import lookup
@@ -95,6 +96,7 @@ async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: 
     request = endpoint.parse(raw)
     served.model = request.model
     job = await _admit(tools, _Asked(endpoint, request, raw, exchange.request_id, served, began_s))
+    served.decision = "allow"
     try:
         if request.streamed:
             await _forward_stream(tools, job, exchange)
@@ -104,6 +106,11 @@ async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: 
         _give_back(tools, job, reached=error.reached)
         tools.metrics.upstream_errors.labels("timeout" if isinstance(error, UpstreamTimeout) else "unreachable").inc()
         await exchange.refuse(as_answer(error), job.admission.headers)
+    except ClientGone:
+        # No answer came in the time that it was waited for: the request and its input. Whoever has a prompt bills it.
+        if tools.meter.holds(job.running):
+            tools.meter.soon(job.running, _charge_counted(tools, job, SseRelay(hides_usage=False)))
+        raise
     except BaseException:
         # Whatever it was (a defect, the process ending), nothing good has been delivered: see the two forwards.
         _give_back(tools, job, reached=True)
@@ -172,9 +179,10 @@ def _cap_tokens(tools: Toolbox, job: _Job) -> int | None:
 async def _forward(tools: Toolbox, job: _Job, exchange: Exchange) -> None:
     body, headers = _prepared(tools, job)
     sent_s = time.perf_counter()
-    answer = await tools.upstream.send(
-        "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
-    )
+    with watching(exchange, tools.settings.disconnect_drain_s):
+        answer = await tools.upstream.send(
+            "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
+        )
     job.upstream_s = time.perf_counter() - sent_s
     await _deliver(tools, job, exchange, answer, headers)
 
@@ -200,43 +208,44 @@ async def _deliver(
 async def _forward_stream(tools: Toolbox, job: _Job, exchange: Exchange) -> None:
     body, headers = _prepared(tools, job)
     sent_s = time.perf_counter()
-    async with tools.upstream.stream(
-        "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
-    ) as stream:
-        if stream.status >= 300 or not _is_event_stream(stream):
-            answer = Answer(stream.status, stream.headers, await stream.read_all())
-            job.upstream_s = time.perf_counter() - sent_s
-            await _deliver(tools, job, exchange, answer, headers)
-            return
-        outlet = Outlet(
-            tools,
-            job.running,
-            exchange,
-            status=stream.status,
-            headers=stream.headers + headers + _STREAM_HEADERS,
-            began_s=job.asked.began_s,
-        )
-        relay = SseRelay(hides_usage=job.asked.request.hides_usage)
-        exchange.when_gone(outlet.abandonment.begin)
+    with watching(exchange, tools.settings.disconnect_drain_s) as abandonment:
         try:
-            await relay_stream(stream, relay, outlet)
+            async with tools.upstream.stream(
+                "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
+            ) as stream:
+                if stream.status < 300 and _is_event_stream(stream):
+                    outlet = Outlet(
+                        tools,
+                        job.running,
+                        exchange,
+                        abandonment,
+                        status=stream.status,
+                        headers=stream.headers + headers + _STREAM_HEADERS,
+                        began_s=job.asked.began_s,
+                    )
+                    await _relay(tools, job, stream, outlet)
+                    return
+                answer = Answer(stream.status, stream.headers, await stream.read_all())
         finally:
-            exchange.forget_client()
-            outlet.abandonment.end()
             job.upstream_s = time.perf_counter() - sent_s
-            _settle_stream(tools, job, relay)
+    await _deliver(tools, job, exchange, answer, headers)
+
+
+async def _relay(tools: Toolbox, job: _Job, stream: Stream, outlet: Outlet) -> None:
+    relay = SseRelay(hides_usage=job.asked.request.hides_usage)
+    try:
+        await relay_stream(stream, relay, outlet)
+    finally:
+        outlet.abandonment.end()
+        if relay.usage is not None:
+            _charge(tools, job, relay.usage)
+        elif relay.started or outlet.abandonment.given_up:
+            tools.meter.soon(job.running, _charge_counted(tools, job, relay))
+        else:
+            _give_back(tools, job, reached=True)
 
 
 # --- settle ---
-
-
-def _settle_stream(tools: Toolbox, job: _Job, relay: SseRelay) -> None:
-    if relay.usage is not None:
-        _charge(tools, job, relay.usage)
-    elif not relay.started:
-        _give_back(tools, job, reached=True)
-    else:
-        tools.meter.soon(job.running, _charge_counted(tools, job, relay))
 
 
 def _charge(tools: Toolbox, job: _Job, usage: Usage) -> None:

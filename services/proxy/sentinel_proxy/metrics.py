@@ -86,6 +86,9 @@ class ProxyMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.ready = Gauge(
+            "sentinel_ready", "1 while this process can do its work", registry=registry, multiprocess_mode="livemin"
+        )
         self.inflight = Gauge(
             "sentinel_inflight_requests", "Requests running", registry=registry, multiprocess_mode="livesum"
         )
@@ -102,6 +105,10 @@ class ProxyMetrics:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        # There from the start: `increase` misses the first of a series that begins with it, and these wake people.
+        for status in (401, 402, 403):
+            self.upstream_errors.labels(f"rejected_{status}")
+        self._events.labels("reservation_lost")
         # Bounded: statuses, known models and endpoints are few.
         self.request = _remembered(self._requests.labels)
         self.duration = _remembered(self._duration.labels)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from sentinel_proxy.errors import unknown_url, upstream_rejected
+from sentinel_proxy.exchange import ClientGone
+from sentinel_proxy.relaying import watching
 from sentinel_proxy.sse import SseRelay, Usage, find_usage
 from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from sentinel_proxy.exchange import Exchange, Served
     from sentinel_proxy.meter import Running
+    from sentinel_proxy.relaying import Abandonment
     from sentinel_proxy.tokens import Kind
     from sentinel_proxy.toolbox import Toolbox
     from sentinel_proxy.upstream import Stream
@@ -35,34 +38,53 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
     exchange.check_length(max_bytes=max_bytes)
     rid = tools.new_rid()
     admission = await tools.limiter.admit(rid=rid, external_id=external_id, cost=Cost(0, 0, 0))
+    served.decision = "allow"
     running = tools.meter.begin(
         rid=rid, external_id=external_id, request_id=exchange.request_id, model="", endpoint="passthrough"
     )
     if exchange.query:
         path += "?" + exchange.query.decode("latin-1")
-    body = None if exchange.method in _BODYLESS else exchange.body_pieces(max_bytes=max_bytes)
+    bodyless = exchange.method in _BODYLESS
     try:
-        async with tools.upstream.stream(
-            exchange.method,
-            path,
-            exchange.headers,
-            body,
-            request_id=exchange.request_id,
-            accept_encoding=exchange.header(b"accept-encoding"),
-        ) as stream:
-            await _deliver(tools, exchange, stream, running, admission.headers)
+        with watching(exchange, tools.settings.disconnect_drain_s, at_once=bodyless) as abandonment:
+            async with tools.upstream.stream(
+                exchange.method,
+                path,
+                exchange.headers,
+                None if bodyless else _read_and_watched(exchange, abandonment, max_bytes=max_bytes),
+                request_id=exchange.request_id,
+                accept_encoding=exchange.header(b"accept-encoding"),
+            ) as stream:
+                await _deliver(tools, exchange, stream, running, admission.headers, abandonment=abandonment)
     except UpstreamError as error:
         if tools.meter.holds(running):
             tools.meter.refund(running, reached=error.reached)
         await exchange.refuse(as_answer(error), admission.headers)
-    except BaseException:
+    except BaseException as error:
         if tools.meter.holds(running):
-            tools.meter.refund(running, reached=True)
+            if isinstance(error, ClientGone) and abandonment.given_up:
+                # The upstream had it all, and was waited for in vain.
+                tools.meter.charge(running, input_tokens=0, output_tokens=0)
+            else:
+                tools.meter.refund(running, reached=True)
         raise
 
 
+async def _read_and_watched(exchange: Exchange, abandonment: Abandonment, *, max_bytes: int) -> AsyncIterator[bytes]:
+    """The request's body; the client can be watched when all of it is here."""
+    async for piece in exchange.body_pieces(max_bytes=max_bytes):
+        yield piece
+    abandonment.watch()
+
+
 async def _deliver(
-    tools: Toolbox, exchange: Exchange, stream: Stream, running: Running, headers: list[tuple[bytes, bytes]]
+    tools: Toolbox,
+    exchange: Exchange,
+    stream: Stream,
+    running: Running,
+    headers: list[tuple[bytes, bytes]],
+    *,
+    abandonment: Abandonment,
 ) -> None:
     if stream.status in ACCOUNT_STATUSES:
         tools.metrics.upstream_errors.labels(f"rejected_{stream.status}").inc()
@@ -70,31 +92,19 @@ async def _deliver(
     if stream.status >= 400:
         tools.meter.refund(running, reached=True)
     reader = _UsageReader(stream)
-    gone = False
-
-    def left() -> None:
-        nonlocal gone
-        gone = True
-
-    exchange.when_gone(left)
     try:
         await exchange.start(stream.status, stream.headers + headers)
-        async for chunk in _chunks(stream):
+        while (chunk := await stream.read()) is not None:
             reader.feed(chunk)
-            if gone:
-                break
-            await exchange.send(chunk)
-        else:
-            await exchange.end()
+            if not abandonment.begun:
+                await exchange.send(chunk)
+            elif not reader.may_tell_usage or abandonment.exceeds(reader.read_bytes):
+                return
+        await exchange.end()
     finally:
-        exchange.forget_client()
+        abandonment.end()
         if tools.meter.holds(running):
             tools.meter.soon(running, _charge(tools, exchange.path, running, reader))
-
-
-async def _chunks(stream: Stream) -> AsyncIterator[bytes]:
-    while (chunk := await stream.read()) is not None:
-        yield chunk
 
 
 async def _charge(tools: Toolbox, path: str, running: Running, reader: _UsageReader) -> None:
@@ -119,14 +129,19 @@ class _UsageReader:
         plain = b"content-encoding" not in headers
         self.relay = SseRelay(hides_usage=False) if plain and b"event-stream" in kind else None
         self._json: list[bytes] | None = [] if plain and b"json" in kind else None
-        self._spare_bytes = _USAGE_BODY_MAX_BYTES
+        self.read_bytes = 0
+
+    @property
+    def may_tell_usage(self) -> bool:
+        """Whether what is still to come can have usage in it."""
+        return self.relay is not None or self._json is not None
 
     def feed(self, chunk: bytes) -> None:
+        self.read_bytes += len(chunk)
         if self.relay is not None:
             self.relay.feed(chunk)
         elif self._json is not None:
-            self._spare_bytes -= len(chunk)
-            if self._spare_bytes < 0:
+            if self.read_bytes > _USAGE_BODY_MAX_BYTES:
                 self._json = None
             else:
                 self._json.append(chunk)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from sentinel_proxy.errors import render_event
+from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.toolbox import as_answer
 from sentinel_proxy.upstream import UpstreamError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sentinel_proxy.exchange import Exchange, Headers
     from sentinel_proxy.meter import Running
     from sentinel_proxy.sse import SseRelay
@@ -48,11 +52,19 @@ class Outlet:
     """The client's end of a stream. Its answer starts with its first bytes: an early failure has its own status."""
 
     def __init__(
-        self, tools: Toolbox, running: Running, exchange: Exchange, *, status: int, headers: Headers, began_s: float
+        self,
+        tools: Toolbox,
+        running: Running,
+        exchange: Exchange,
+        abandonment: Abandonment,
+        *,
+        status: int,
+        headers: Headers,
+        began_s: float,
     ) -> None:
         self.running = running
         self.exchange = exchange
-        self.abandonment = Abandonment(tools.settings.disconnect_drain_s)
+        self.abandonment = abandonment
         self._metrics = tools.metrics
         self._status = status
         self._headers = headers
@@ -79,35 +91,63 @@ class Outlet:
         return render_event(answer, named=self.running.endpoint == "/responses")
 
 
-class Abandonment:
-    """The client has left: the stream is read on for its usage, up to a bound of time and bytes. 0 s: not at all."""
+@contextmanager
+def watching(exchange: Exchange, drain_s: float, *, at_once: bool = True) -> Iterator[Abandonment]:
+    """Within it the client's leaving is noticed: `at_once`, or from `watch` on; its request must have been read.
 
-    def __init__(self, drain_s: float) -> None:
+    What is awaited when it leaves goes on for `drain_s`, and then ends with ClientGone.
+    """
+    abandonment = Abandonment(exchange, drain_s)
+    if at_once:
+        abandonment.watch()
+    try:
+        yield abandonment
+    except asyncio.CancelledError:
+        if not abandonment.take_back_cancellation():
+            raise
+        raise ClientGone from None
+    finally:
+        abandonment.end()
+
+
+class Abandonment:
+    """The client has left: its answer is read on for its usage, up to a bound of time and bytes. 0 s: not at all."""
+
+    def __init__(self, exchange: Exchange, drain_s: float) -> None:
         self.begun = False
+        self.given_up = False
+        """The time was up before the answer's end."""
+        self._exchange = exchange
         self._drain_s = drain_s
         self._task = asyncio.current_task()
         self._timer: asyncio.TimerHandle | None = None
-        self._expired = False
         self._most_bytes: int | None = None
 
-    def begin(self) -> None:
-        self.begun = True
-        self._timer = asyncio.get_running_loop().call_later(self._drain_s, self._expire)
+    def watch(self) -> None:
+        """From now on; the request must have been read."""
+        self._exchange.when_gone(self._begin)
 
     def end(self) -> None:
+        """What becomes of the client does not matter any more."""
+        self._exchange.forget_client()
         if self._timer is not None:
             self._timer.cancel()
 
     def exceeds(self, read_bytes: int) -> bool:
+        """Whether more has been read since the client left than is worth its usage."""
         if self._most_bytes is None:
             self._most_bytes = read_bytes + _DRAIN_MAX_BYTES
         return read_bytes > self._most_bytes
 
     def take_back_cancellation(self) -> bool:
         """Whether it was this that cancelled the task, and nobody else."""
-        return self._expired and self._task is not None and self._task.uncancel() == 0
+        return self.given_up and self._task is not None and self._task.uncancel() == 0
 
-    def _expire(self) -> None:
-        self._expired = True
+    def _begin(self) -> None:
+        self.begun = True
+        self._timer = asyncio.get_running_loop().call_later(self._drain_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self.given_up = True
         if self._task is not None:
             self._task.cancel()

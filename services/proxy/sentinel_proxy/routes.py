@@ -32,7 +32,7 @@ from sentinel_proxy.upstream import UpstreamError
 from sentinel_shared.errors import SentinelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sentinel_proxy.errors import ApiError
     from sentinel_proxy.exchange import Headers, Receive, Scope, Send
@@ -51,11 +51,14 @@ _log: Final = logging.getLogger("sentinel_proxy.requests")
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The `/v1` paths; `draining` and the number of requests in flight bound what is let in."""
+    """The `/v1` paths; the number of requests in flight bounds what is let in.
+
+    `reports` are told of each request, within it, when it is over: one after the other, the same fields.
+    """
 
     tools: Toolbox
     window: WindowPolicy
-    access_log: Callable[[dict[str, Any]], None] | None
+    reports: Sequence[Callable[[dict[str, Any]], None]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request under /v1 and account for it."""
@@ -65,14 +68,16 @@ class Gate:
         if self.tools.settings.cors_allow_origins is not None and await self._cors(exchange):
             return
         load = self.tools.load
+        served = Served(_label(exchange.path))
         if load.count >= self.tools.settings.max_inflight_requests:
             await exchange.refuse(unavailable("Too many requests are running.", code="overloaded"))
+            self._account(exchange, served, began_s)
             return
         load.count += 1
-        served = Served(_label(exchange.path))
         try:
             await self._serve(exchange, served)
         except Denied as denied:
+            served.decision = "deny"
             await exchange.refuse(denied.error, denied.headers)
         except ClientGone:
             exchange.status = _CLIENT_CLOSED_REQUEST
@@ -102,22 +107,25 @@ class Gate:
     def _account(self, exchange: Exchange, served: Served, began_s: float) -> None:
         label = self.tools.metrics.model_label(served.model) if served.model else ""
         self.tools.metrics.request(exchange.status, label, served.endpoint).inc()
-        if self.access_log is not None:
-            self.access_log(
-                {
-                    "message": "request",
-                    "request_id": exchange.request_id,
-                    "external_id": served.external_id,
-                    "method": exchange.method,
-                    "path": exchange.path,
-                    "status": exchange.status,
-                    "model": served.model,
-                    "duration_ms": round((time.perf_counter() - began_s) * 1000, 2),
-                    "own_ms": round(served.own_s * 1000, 2),
-                    "input_tokens": served.input_tokens,
-                    "output_tokens": served.output_tokens,
-                }
-            )
+        if not self.reports:
+            return
+        fields = {
+            "message": "request",
+            "request_id": exchange.request_id,
+            "external_id": served.external_id,
+            "method": exchange.method,
+            "path": exchange.path,
+            "status": exchange.status,
+            "decision": served.decision,
+            "error": exchange.error,
+            "model": served.model,
+            "duration_ms": round((time.perf_counter() - began_s) * 1000, 2),
+            "own_ms": round(served.own_s * 1000, 2),
+            "input_tokens": served.input_tokens,
+            "output_tokens": served.output_tokens,
+        }
+        for report in self.reports:
+            report(fields)
 
     async def _usage(self, exchange: Exchange) -> None:
         _only_get(exchange)

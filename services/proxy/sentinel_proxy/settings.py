@@ -3,10 +3,13 @@
 # ruff: noqa: RUF009 -- the table calls `required` and `optional`, which return dataclass fields
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
 
 from sentinel_shared.settings import (
     FILE,
@@ -17,6 +20,7 @@ from sentinel_shared.settings import (
     SECRET,
     CommonSettings,
     Secret,
+    Takes,
     computed,
     decimal,
     one_of,
@@ -33,6 +37,17 @@ class QuotaMode(StrEnum):
     SOFT = "soft"
 
 
+class TracesSampler(StrEnum):
+    """Which requests are traced: `parentbased_...` does as the client's own trace says where it has one."""
+
+    ALWAYS_ON = "always_on"
+    ALWAYS_OFF = "always_off"
+    TRACEIDRATIO = "traceidratio"
+    PARENTBASED_ALWAYS_ON = "parentbased_always_on"
+    PARENTBASED_ALWAYS_OFF = "parentbased_always_off"
+    PARENTBASED_TRACEIDRATIO = "parentbased_traceidratio"
+
+
 class RedisFailMode(StrEnum):
     """What Redis being away means for a request: 503, a bounded local share, or let through."""
 
@@ -43,6 +58,26 @@ class RedisFailMode(StrEnum):
 
 def _temp_spool() -> Path:
     return Path(tempfile.gettempdir()) / "sentinel-spool"
+
+
+def _headers(text: str) -> tuple[tuple[str, str], ...]:
+    headers = []
+    for header in text.split(","):
+        name, _, value = (part.strip() for part in header.partition("="))
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not re.fullmatch(r"[ -~]+", unquote(value)):
+            raise ValueError
+        headers.append((name, unquote(value)))
+    return tuple(headers)
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[ -~]{1,100}", text):
+        raise ValueError
+    return text
+
+
+_HEADERS: Final = Takes("HTTP headers: name=value, comma separated, values percent-encoded", _headers, secret=True)
+_NAME: Final = Takes("a name of at most 100 ASCII characters", _name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +110,18 @@ class Settings(CommonSettings):
 
     webhook_secret: Secret | None = optional("WEBHOOK_SECRET", SECRET)
     admin_api_key: Secret | None = optional("ADMIN_API_KEY", SECRET)
+
+    otlp_endpoint: str | None = optional("OTEL_EXPORTER_OTLP_ENDPOINT", HTTP_URL)
+    otlp_traces_endpoint: str | None = optional("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", HTTP_URL)
+    otlp_headers: tuple[tuple[str, str], ...] | None = optional("OTEL_EXPORTER_OTLP_HEADERS", _HEADERS)
+    otlp_certificate: Path | None = optional("OTEL_EXPORTER_OTLP_CERTIFICATE", FILE)
+    otel_service_name: str = optional("OTEL_SERVICE_NAME", _NAME, "sentinel-proxy")
+    otel_traces_sampler: TracesSampler = optional("OTEL_TRACES_SAMPLER", one_of(TracesSampler), "parentbased_always_on")
+    otel_traces_sampler_arg: float = optional("OTEL_TRACES_SAMPLER_ARG", decimal("traces in one", 0, 1), "1")
+
+    @property
+    def traces_url(self) -> str | None:
+        """Where traces go; None: nowhere, there are none."""
+        if self.otlp_traces_endpoint is not None:
+            return self.otlp_traces_endpoint
+        return None if self.otlp_endpoint is None else f"{self.otlp_endpoint}/v1/traces"

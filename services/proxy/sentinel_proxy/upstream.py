@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import urlsplit
 
 from pyreqwest.client import ClientBuilder
 from pyreqwest.exceptions import (
@@ -97,8 +98,12 @@ class Stream:
             response = await self._request.__aenter__()
         except PyreqwestError as error:
             raise _translate(error) from error
+        try:
+            await _heed_cancellation()
+        except asyncio.CancelledError:
+            await self._request.__aexit__(None, None, None)  # whoever could not enter does not leave
+            raise
         self._response = response
-        await _heed_cancellation()
         self._reader = response.body_reader
         self.status = response.status
         self.headers = _returned(response)
@@ -134,6 +139,9 @@ class Upstream:
         self._client = client
         self._base_url = base_url.rstrip("/")
         self._authorization = f"Bearer {api_key}"
+        url = urlsplit(self._base_url)
+        self.host = url.hostname or ""
+        self.port = url.port or (443 if url.scheme == "https" else 80)
 
     @classmethod
     def open(
@@ -194,13 +202,27 @@ class Upstream:
         accept_encoding: bytes | None = None,
     ) -> Stream:
         """The same, its answer read as it comes; `accept_encoding` is the client's where bytes only pass through."""
+        return Stream(
+            self._streamed(method, path, headers, body, request_id=request_id, accept_encoding=accept_encoding)
+        )
+
+    def _streamed(
+        self,
+        method: str,
+        path: str,
+        headers: RawHeaders,
+        body: bytes | AsyncIterable[bytes] | None,
+        *,
+        request_id: str,
+        accept_encoding: bytes | None,
+    ) -> StreamRequest:
         builder = self._request(method, path, headers, request_id, accept_encoding=accept_encoding)
         if isinstance(body, bytes):
             builder = builder.body_bytes(body)
         elif body is not None:
             builder = builder.body_stream(body)
         # 1: hand every read on as it comes; by default the first 64 kB are held back.
-        return Stream(builder.streamed_read_buffer_limit(1).build_streamed())
+        return builder.streamed_read_buffer_limit(1).build_streamed()
 
     def _request(
         self, method: str, path: str, headers: RawHeaders, request_id: str, *, accept_encoding: bytes | None

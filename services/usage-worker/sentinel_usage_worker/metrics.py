@@ -10,6 +10,7 @@ class WorkerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.ready = Gauge("sentinel_ready", "1 while this process can do its work", registry=registry)
         self.queue_depth = Gauge("sentinel_usage_queue_depth", "Users whose usage waits", registry=registry)
         self.oldest_age = Gauge(
             "sentinel_usage_oldest_age_seconds", "Age of the oldest usage that Zion was not told", registry=registry

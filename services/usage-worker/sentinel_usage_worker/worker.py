@@ -118,6 +118,7 @@ async def run(settings: Settings) -> int:
             going = [
                 group.create_task(ticks.run(flusher)),
                 group.create_task(_keep_gauges(lane, queue, metrics, breaker, clock)),
+                group.create_task(health.watch(metrics.ready.set)),
             ]
             await stopping.wait()
             health.draining = True

@@ -138,6 +138,27 @@ def test_services_are_told_what_they_need_and_nothing_that_nobody_reads(manifest
     assert config(manifests).keys() <= read
 
 
+def test_every_setting_can_be_set_in_one_place_and_every_certificate_be_brought(manifests):
+    maps = of_kind(manifests, "ConfigMap").items()
+    [name] = [name for name, told in maps if told["data"] == config(manifests)]
+    for service, template in services_pods(manifests).items():
+        [container] = template["spec"]["containers"]
+        assert container["envFrom"] == [{"configMapRef": {"name": name}}], service
+        assert {"name": "ca", "mountPath": "/etc/sentinel/ca", "readOnly": True} in container["volumeMounts"]
+        [volume] = [volume for volume in template["spec"]["volumes"] if volume["name"] == "ca"]
+        assert volume["secret"] == {"secretName": "sentinel-ca", "optional": True}
+
+
+def test_keys_come_from_the_secret_and_never_from_the_configuration(manifests):
+    keys = {"REDIS_URL", "ARQ_REDIS_URL", "OTEL_EXPORTER_OTLP_HEADERS"}
+    for name, template in services_pods(manifests).items():
+        [container] = template["spec"]["containers"]
+        read = {variable.name for variable in SETTINGS[name].describe()}
+        keys |= {variable for variable in read if variable.endswith(("_API_KEY", "_SECRET"))}
+        assert {entry["name"] for entry in container["env"]} == keys & read, name
+    assert not keys & config(manifests).keys()
+
+
 def test_values_of_the_configuration_are_ones_that_the_services_take(manifests):
     for name, settings in SETTINGS.items():
         keys = {"ZION_API_KEY": "k", "VERCEL_AI_GATEWAY_API_KEY": "k", "REDIS_URL": "redis://redis:6379"}

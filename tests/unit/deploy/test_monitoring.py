@@ -7,7 +7,10 @@ import re
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
+from sentinel_proxy.metrics import ProxyMetrics
+from sentinel_shared.metrics import new_registry
 from tests.unit.deploy import promql
 
 DASHBOARDS = {"traffic", "tokens", "cache", "usage", "faults"}
@@ -61,8 +64,35 @@ def test_every_alert_is_heard_in_a_test(repo, alerts):
 
 def test_an_alert_says_what_it_means_and_how_bad_it_is(alerts):
     for name, alert in alerts.items():
-        assert set(alert["annotations"]) == {"summary", "description"}, name
+        assert set(alert["annotations"]) == {"summary", "description", "runbook_url"}, name
         assert alert["labels"]["severity"] in {"warning", "critical"}, name
+
+
+def test_a_series_that_wakes_people_is_there_before_its_first_event():
+    registry = new_registry()
+    ProxyMetrics(registry, models=())
+    there = set(generate_latest(registry).decode().splitlines())
+    for kind in ("rejected_401", "rejected_402", "rejected_403"):
+        assert f'sentinel_upstream_errors_total{{kind="{kind}"}} 0.0' in there
+    assert 'sentinel_usage_events_total{outcome="reservation_lost"} 0.0' in there
+
+
+def test_every_alert_has_its_section_in_the_runbook_and_every_section_its_alert(repo, alerts):
+    text = (repo / "docs/operations.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^#)", text, re.MULTILINE | re.DOTALL))
+    assert list(sections) == list(alerts)
+    for name, section in sections.items():
+        assert re.findall(r"^\*\*(\w+)\.\*\* \S", section, re.MULTILINE) == ["Meaning", "Check", "Cure"], name
+        assert alerts[name]["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
+
+
+def test_the_runbook_speaks_of_metrics_and_variables_that_there_are(repo, known):
+    text = (repo / "docs/operations.md").read_text(encoding="utf-8")
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in known}
+    assert set(re.findall(r"`(sentinel_\w+)", text)) <= families
+    variables = (repo / ".env.example").read_text(encoding="utf-8") + (repo / "docker-compose.yml").read_text()
+    for name in set(re.findall(r"`([A-Z]+_[A-Z_]+)[`=]", text)):
+        assert name in variables, name
 
 
 def test_no_rule_asks_for_what_no_service_serves(rules, known):

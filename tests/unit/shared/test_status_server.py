@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from datetime import datetime
@@ -139,6 +140,68 @@ async def test_a_part_that_never_answers_fails_its_check_and_holds_up_nobody(mon
     async with asyncio.timeout(5):
         answer = await pages_of(health_of(redis=hang, zion=Part().check)).answer("GET", "/health/ready")
     assert body(answer)["checks"]["redis"]["error"] == "TimeoutError"
+
+
+async def test_a_part_that_does_not_even_heed_its_cancellation_holds_up_nobody(monkeypatch):
+    monkeypatch.setattr("sentinel_shared.status_server.CHECK_TIMEOUT_S", 0.02)
+    clock, go_on = ManualClock(), asyncio.Event()
+
+    async def deaf() -> float:
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go_on.wait()
+        raise OSError("too late for anybody")
+
+    health = health_of(clock, redis=deaf)
+    for _ in range(3):
+        async with asyncio.timeout(5):
+            answer = await pages_of(health).answer("GET", "/health/ready")
+        assert body(answer)["checks"]["redis"]["error"] == "TimeoutError"
+        clock.advance(2)
+    go_on.set()
+    await asyncio.sleep(0)
+
+
+async def test_a_probe_that_is_given_up_leaves_the_next_one_its_turn():
+    clock, redis, begun = ManualClock(), Part(), asyncio.Event()
+
+    async def hang_once() -> float | None:
+        if not begun.is_set():
+            begun.set()
+            await asyncio.Event().wait()
+        return await redis.check()
+
+    pages = pages_of(health_of(clock, redis=hang_once))
+    probe = asyncio.create_task(pages.answer("GET", "/health/ready"))
+    await begun.wait()
+    probe.cancel()
+    async with asyncio.timeout(5):
+        assert (await pages.answer("GET", "/health/ready")).status == 200
+
+
+async def test_whoever_watches_is_told_again_and_again_whether_the_service_is_ready():
+    class Clock(ManualClock):
+        async def sleep(self, duration_s: float) -> None:
+            self.advance(duration_s)
+            await asyncio.sleep(0)
+
+    redis, told = Part(), asyncio.Queue[bool]()
+    health = health_of(Clock(), redis=redis.check)
+
+    async def until(ready: bool) -> None:
+        while await told.get() is not ready:
+            pass
+
+    watching = asyncio.create_task(health.watch(told.put_nowait))
+    async with asyncio.timeout(5):
+        await until(ready=True)
+        redis.error = RedisUnavailable("x")
+        await until(ready=False)
+        redis.error = None
+        await until(ready=True)
+        health.draining = True
+        await until(ready=False)
+    watching.cancel()
 
 
 async def test_a_check_without_a_latency_of_its_own_is_measured():
