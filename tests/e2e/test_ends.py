@@ -125,7 +125,7 @@ def test_what_had_streamed_before_the_upstream_broke_is_billed_and_the_client_is
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_before_an_answer_holds_nothing_for_long(system, stream):
-    (proxy,) = system.start_all("proxy", UPSTREAM_IDLE_TIMEOUT_SECONDS="1", DISCONNECT_DRAIN_SECONDS="1")
+    (proxy,) = system.start_all("proxy", UPSTREAM_IDLE_TIMEOUT_SECONDS="1")
     try:
         user = system.add_user({"ai_requests": 3})
         url, body = f"{proxy.url}/v1/chat/completions", chat_body(user, "sim/hang", stream=stream)
