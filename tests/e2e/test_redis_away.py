@@ -55,8 +55,10 @@ def until_it_is_noticed(place, proxy):
 
 
 def until_it_is_back(proxies):
-    for proxy in proxies:
-        eventually(lambda proxy=proxy: proxy.get("/health").json()["status"] == "healthy", within_s=20)
+    def all_are_well():
+        return all(proxy.get("/health").json()["status"] == "healthy" for proxy in proxies)
+
+    eventually(all_are_well, within_s=20)
 
 
 def test_the_mode_decides_and_everything_is_settled_afterwards(place, proxies):
@@ -82,7 +84,7 @@ def test_the_mode_decides_and_everything_is_settled_afterwards(place, proxies):
         assert proxies["local"].metric("sentinel_local_overspend_bound_tokens") > 0
     finally:
         place.redis.resume()
-    until_it_is_back(proxies.values())
+    until_it_is_back(list(proxies.values()))
     assert settled(place, users["closed"])["ai_requests"] == 1
     assert settled(place, users["local"])["ai_requests"] == 20
     assert settled(place, users["open"])["ai_requests"] == 31
@@ -145,5 +147,5 @@ def test_a_redis_that_is_killed_comes_back_with_all_that_was_acknowledged(place,
     for _ in range(10):
         assert ask(place, proxies["open"], user).status_code in {200, 503}
     place.redis.start()
-    until_it_is_back(proxies.values())
+    until_it_is_back(list(proxies.values()))
     assert settled(place, user)["ai_requests"] >= 10

@@ -151,6 +151,16 @@ def body_too_large(max_bytes: int) -> ApiError:
     )
 
 
+def unknown_encoding(encoding: str) -> ApiError:
+    """415: a body that is packed in a way that cannot be read, so that it cannot be metered either."""
+    return ApiError(
+        f"The body of your request is encoded as '{encoding[:64]}'. Send it as it is, or with gzip or deflate.",
+        status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        type=_INVALID_REQUEST,
+        code="unsupported_content_encoding",
+    )
+
+
 def over_limit(
     details: LimitDetails,
     *,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sentinel_proxy.errors import ApiError, body_too_large, render
+from sentinel_proxy.errors import ApiError, body_too_large, invalid_request, render, unknown_encoding
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -80,7 +81,7 @@ class Exchange:
         return None
 
     async def body(self, *, max_bytes: int) -> bytes:
-        """The whole request body. Raises ApiError (413) and ClientGone."""
+        """The whole request body, unpacked where it came packed. Raises ApiError (400, 413, 415) and ClientGone."""
         self.check_length(max_bytes=max_bytes)
         message = await self._receive()
         if message["type"] != "http.request":
@@ -92,7 +93,12 @@ class Exchange:
             body = b"".join(pieces)
         if len(body) > max_bytes:
             raise body_too_large(max_bytes)
-        return body
+        packing = self.header(b"content-encoding")
+        if packing is None or packing.lower() == b"identity":
+            return body
+        self.headers = [header for header in self.headers if header[0] != b"content-encoding"]
+        # Never on the loop: a few bytes may stand for as many as are allowed.
+        return await asyncio.to_thread(_unpacked, body, packing.decode("latin-1"), max_bytes=max_bytes)
 
     async def body_pieces(self, *, max_bytes: int) -> AsyncIterator[bytes]:
         """The rest of the body as it comes. Raises as `body` does."""
@@ -161,3 +167,18 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         callback()
+
+
+def _unpacked(body: bytes, packing: str, *, max_bytes: int) -> bytes:
+    if packing.lower() not in {"gzip", "x-gzip", "deflate"}:
+        raise unknown_encoding(packing)
+    unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, as its header says
+    try:
+        whole = unpacking.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise invalid_request("The body of your request cannot be unpacked.", code="invalid_content_encoding") from None
+    if len(whole) > max_bytes:
+        raise body_too_large(max_bytes)
+    if not unpacking.eof:
+        raise invalid_request("The body of your request ends too early.", code="invalid_content_encoding")
+    return whole

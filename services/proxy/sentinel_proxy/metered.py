@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _COUNT_EVERY: Final = 16
 """However much a caller has left, every so many prompts are counted exactly, so that the estimate stays calibrated."""
+_TOKENS_MAX: Final = 2**53
+"""What the ledger counts exactly."""
 _STREAM_HEADERS: Final = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -156,7 +158,7 @@ def _cost(tools: Toolbox, asked: _Asked, input_tokens: int) -> Cost:
     cap = request.cap_tokens
     return Cost(
         input_tokens=input_tokens,
-        output_wanted_tokens=-1 if cap is None else cap * choices,
+        output_wanted_tokens=-1 if cap is None else min(cap * choices, _TOKENS_MAX),
         model_max_output_tokens=tools.models.max_output_tokens(request.model) * choices,
         choices=choices,
     )

@@ -246,6 +246,24 @@ def test_of_a_field_named_twice_the_last_counts_however_it_is_spelt() -> None:
     assert (request.model, request.cap_tokens) == ("b", 5)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model":"a","messages":[1],"max_tokens":999999,"max_tokens":5}',
+        b'{"max\\u005ftokens": 999999, "model": "a", "messages": [1], "max_tokens": 5}',
+        b'{"model":"b","messages":[1],"model":"a","max_tokens":5}',
+        b'{"n":1,"model":"a","messages":[1],"max_tokens":5,"n": 1 }',
+        b'{ "stream":true,"model":"a","messages":[1],"max_tokens":5,"stream":false}',
+    ],
+)
+def test_what_is_named_twice_goes_upstream_once_and_as_it_was_read(raw: bytes) -> None:
+    sent = parse_chat(raw).for_upstream(raw)
+    pairs = json.loads(sent, object_pairs_hook=lambda members: members)
+    assert len({name for name, _ in pairs}) == len(pairs)
+    assert dict(pairs)["max_tokens"] == 5
+    assert json.loads(sent) == json.loads(raw)
+
+
 def test_unknown_fields_are_nobody_s_business() -> None:
     raw = b'{"model":"m","messages":[1],"seed":123456789012345678901234567890,"x":1e999,"top_k":-0.0,"a":{"n":0}}'
     assert parse_chat(raw).for_upstream(raw) is raw

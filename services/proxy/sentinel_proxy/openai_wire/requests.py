@@ -9,7 +9,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from sentinel_proxy.errors import invalid_request
 from sentinel_proxy.openai_wire.refusals import missing_parameter, refusal
-from sentinel_proxy.openai_wire.splice import Edits, add_members, edit_body
+from sentinel_proxy.openai_wire.splice import Edits, add_members, edit_body, names_members_once
 
 # What still is exact as a double, which upstreams and Redis's scripts may read it as.
 _TOKENS_MAX: Final = 2**53
@@ -59,16 +59,14 @@ class MeteredRequest(msgspec.Struct, kw_only=True, gc=False):
         """The body to send for `raw`, the bytes that this was parsed from: those very bytes unless an edit is needed.
 
         `cap_tokens` caps each choice: the caller's own caps are lowered to it, never raised; without any, one is
-        added. A stream is made to report its usage.
+        added. A stream is made to report its usage. A member that was named twice is sent once, as it was read.
         """
         edits = dict(self._usage_edits())
         if cap_tokens is not None:
             edits |= self._cap_edits(cap_tokens)
-        if not edits:
-            return raw
-        if all(getattr(self, name) is UNSET for name in edits):
-            return add_members(raw, edits)
-        return edit_body(raw, edits)
+        if any(getattr(self, name) is not UNSET for name in edits) or not names_members_once(raw):
+            return edit_body(raw, edits)
+        return add_members(raw, edits) if edits else raw
 
     def _usage_edits(self) -> Edits:
         return {}

@@ -27,10 +27,7 @@ def edit_body(raw: bytes, edits: Edits) -> bytes:
     twice (whoever reads it next might take either) or that has hundreds of members is written anew, each member once
     with its last value's own bytes. Raises ApiError (400) if `raw` is no JSON object.
     """
-    try:
-        members = _MEMBERS.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise refusal(error) from None
+    members = _members(raw)
     places = _places(raw, members)
     if places is None:
         return _rewritten(members, edits)
@@ -48,10 +45,28 @@ def edit_body(raw: bytes, edits: Edits) -> bytes:
     return b"".join(pieces)
 
 
+def names_members_once(raw: bytes) -> bool:
+    """Whether no member of the JSON object `raw` is named twice, so that all who read it read the same.
+
+    Raises as edit_body does.
+    """
+    members = _members(raw)
+    # As SDKs write it, without white space, its length tells: one more member, or a key with escapes, makes it longer.
+    shortest = 1 + sum(len(name) + 4 + memoryview(value).nbytes for name, value in members.items())
+    return len(raw) == shortest or _places(raw, members) is not None
+
+
 def add_members(raw: bytes, edits: Edits) -> bytes:
     """As edit_body where none of `edits` is in `raw`, which has members: looks at nothing but the opening brace."""
     at = raw.index(b"{") + 1
     return b"".join((raw[:at], msgspec.json.encode(edits)[1:-1], b",", raw[at:]))
+
+
+def _members(raw: bytes) -> dict[str, msgspec.Raw]:
+    try:
+        return _MEMBERS.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise refusal(error) from None
 
 
 def _places(raw: bytes, members: dict[str, msgspec.Raw]) -> dict[str, tuple[int, int]] | None:
