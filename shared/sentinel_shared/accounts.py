@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from sentinel_shared import keys
 from sentinel_shared.contracts import LIMIT_NAMES, LimitName, LimitSnapshot, ResetPeriod
+from sentinel_shared.errors import RedisOutcomeUnknown
+from sentinel_shared.replication import Replication
 from sentinel_shared.scripts import load
 from sentinel_shared.units import next_period_end_s, period_end_s, period_start_s
 
@@ -221,8 +223,17 @@ class AccountView:
 class Accounts:
     """All accounts, through one lane."""
 
-    def __init__(self, lane: RedisLane, scripts: AccountScripts, *, window: WindowPolicy, lease_s: float) -> None:
+    def __init__(
+        self,
+        lane: RedisLane,
+        scripts: AccountScripts,
+        *,
+        window: WindowPolicy,
+        lease_s: float,
+        wait_replicas: int = 0,
+    ) -> None:
         self._lane = lane
+        self._replication = Replication(lane, wait_replicas)
         self._scripts = scripts
         self._window_ms = window.active_ms
         self._window_requests = window.requests
@@ -256,10 +267,13 @@ class Accounts:
         return SettleOutcome(cast("int", await self.send_settlement(settlement)))
 
     def send_settlement(self, settlement: Settlement) -> asyncio.Future[Reply]:
-        """The same without waiting: it goes out before what this process sends later. The reply is a SettleOutcome."""
+        """The same without waiting: it goes out before what this lane sends later. The reply is a SettleOutcome.
+
+        With `wait_replicas`, RedisOutcomeUnknown says that too few replicas have it: settle again.
+        """
         s = settlement
         shard = keys.shard_of(s.external_id)
-        return self._lane.call(
+        sent = self._lane.call(
             self._scripts.settle,
             (
                 keys.account(s.external_id),
@@ -284,6 +298,13 @@ class Accounts:
                 s.window_requests_back,
             ),
         )
+        return asyncio.ensure_future(self._replicated(shard, sent)) if self._replication.replicas else sent
+
+    async def _replicated(self, shard: int, sent: asyncio.Future[Reply]) -> Reply:
+        reply, replicas = await self._replication.of(shard, sent)
+        if replicas < self._replication.replicas:
+            raise RedisOutcomeUnknown(f"only {replicas} of {self._replication.replicas} replicas have a settlement")
+        return reply
 
     async def extend(self, *, rid: str, external_id: str, output_tokens_seen: int) -> bool:
         """Renew a long request's lease; False when its reservation is gone."""

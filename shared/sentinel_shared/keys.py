@@ -24,6 +24,9 @@ AUDIT_EVENTS_PER_SHARD: Final = 10_000
 """The audit stream's cap (approximate, as `XADD MAXLEN ~` counts)."""
 
 
+REPLICATION_TTL_S: Final = 60
+
+
 def shard_of(external_id: str) -> int:
     """The shard of a user, 0 to 15."""
     return crc32(external_id.encode()) % SHARDS
@@ -47,6 +50,11 @@ def account(external_id: str) -> str:
 def queue(shard: int) -> str:
     """Sorted set, external id -> when it became dirty (ms). Bound: one entry per active user."""
     return shard_prefix(shard) + "queue"
+
+
+def replication(shard: int) -> str:
+    """String, written to learn how far the shard's replicas are; expires after `REPLICATION_TTL_S`."""
+    return shard_prefix(shard) + "replication"
 
 
 def leases(shard: int) -> str:

@@ -14,6 +14,7 @@ import msgspec
 from sentinel_shared import keys
 from sentinel_shared.contracts import LIMIT_NAMES, Increment, IncrementResult, LimitName
 from sentinel_shared.errors import RedisUnavailable
+from sentinel_shared.replication import Replication
 from sentinel_shared.scripts import load
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 APPLIED: Final = "1"
 NOT_APPLIED: Final = "0"
 NEVER: Final = "-1"
-_WAIT_MS: Final = 500
 
 
 class _Item(msgspec.Struct, rename="camel"):
@@ -106,7 +106,7 @@ class UsageQueue:
     def __init__(self, lane: RedisLane, scripts: QueueScripts, *, wait_replicas: int = 0) -> None:
         self._lane = lane
         self._scripts = scripts
-        self._wait_replicas = wait_replicas
+        self._replication = Replication(lane, wait_replicas)
 
     async def claim(
         self, shard: int, *, batch_id: str, users: int, items: int, lease_s: float, gather_s: float, enough_users: int
@@ -156,12 +156,9 @@ class UsageQueue:
 
     async def _replicated(self, shard: int, writing: asyncio.Future[Reply]) -> Reply:
         """The reply to a write, once enough replicas have it: a fail-over must not forget what Zion is sent next."""
-        if not self._wait_replicas:
-            return await writing
-        waiting = self._lane.wait(keys.queue(shard), self._wait_replicas, _WAIT_MS)
-        reply, replicas = await writing, cast("int", await waiting)
-        if reply and replicas < self._wait_replicas:
-            raise RedisUnavailable(f"only {replicas} of {self._wait_replicas} replicas have the batch")
+        reply, replicas = await self._replication.of(shard, writing)
+        if reply and replicas < self._replication.replicas:
+            raise RedisUnavailable(f"only {replicas} of {self._replication.replicas} replicas have the batch")
         return reply
 
     async def postpone(self, batch: Batch, *, until_ms: int) -> None:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 _TOKENIZER_THREADS: Final = 1
 _SETTLE_AT_CLOSE_S: Final = 5.0
+_SETTLE_WITHIN_S: Final = 1.0
+"""Where replicas have to have a settlement: on a lane of its own, so that no admission waits behind it."""
 _GAUGES_EVERY_S: Final = 1.0
 
 
@@ -89,13 +91,7 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
         metrics = ProxyMetrics(new_registry(), models=())
         scripts = AccountScripts.load()
         loading = asyncio.create_task(asyncio.to_thread(_load_counter, metrics))
-        lane = await RedisLane.connect(
-            settings.redis_url,
-            client_name="sentinel-proxy",
-            scripts=scripts.all(),
-            tls_ca_file=str(settings.redis_ca_file) if settings.redis_ca_file else None,
-        )
-        stack.push_async_callback(lane.close)
+        lane = await _connected(stack, settings, scripts)
         counter = await loading
         stack.callback(counter.close)
         accounts = Accounts(lane, scripts, window=window, lease_s=settings.reservation_lease_s)
@@ -122,8 +118,17 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
         )
         stack.push_async_callback(upstream.close)
         freshness = Freshness.of(cache_ttl_s=settings.cache_ttl_s, max_stale_s=settings.limits_max_stale_s)
+        settling = accounts
+        if settings.redis_wait_replicas:
+            settling = Accounts(
+                await _connected(stack, settings, scripts, command_timeout_s=_SETTLE_WITHIN_S),
+                scripts,
+                window=window,
+                lease_s=settings.reservation_lease_s,
+                wait_replicas=settings.redis_wait_replicas,
+            )
         meter = Meter(
-            accounts,
+            settling,
             Spool(settings.spool_dir, ledger=ledger_name(settings.redis_url)),
             lease_s=settings.reservation_lease_s,
             clock=clock,
@@ -215,6 +220,20 @@ def _include_routes(
         app.include_router(webhook_routes(settings.webhook_secret.reveal(), tools, directory, accounts))
     if settings.admin_api_key is not None:
         app.include_router(support_routes(settings.admin_api_key.reveal(), accounts, window))
+
+
+async def _connected(
+    stack: AsyncExitStack, settings: Settings, scripts: AccountScripts, *, command_timeout_s: float = 0.25
+) -> RedisLane:
+    lane = await RedisLane.connect(
+        settings.redis_url,
+        client_name="sentinel-proxy",
+        scripts=scripts.all(),
+        command_timeout_s=command_timeout_s,
+        tls_ca_file=str(settings.redis_ca_file) if settings.redis_ca_file else None,
+    )
+    stack.push_async_callback(lane.close)
+    return lane
 
 
 async def _keep_gauges(tools: Toolbox, breaker: Breaker) -> None:

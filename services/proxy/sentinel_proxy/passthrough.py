@@ -53,7 +53,6 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
                 exchange.headers,
                 None if bodyless else _read_and_watched(exchange, abandonment, max_bytes=max_bytes),
                 request_id=exchange.request_id,
-                accept_encoding=exchange.header(b"accept-encoding"),
             ) as stream:
                 await _deliver(tools, exchange, stream, running, admission.headers, abandonment=abandonment)
     except UpstreamError as error:
@@ -124,11 +123,9 @@ class _UsageReader:
     """Looks over an answer's shoulder: a stream of events, or JSON of a bounded size; anything else has no usage."""
 
     def __init__(self, stream: Stream) -> None:
-        headers = dict(stream.headers)
-        kind = headers.get(b"content-type", b"")
-        plain = b"content-encoding" not in headers
-        self.relay = SseRelay(hides_usage=False) if plain and b"event-stream" in kind else None
-        self._json: list[bytes] | None = [] if plain and b"json" in kind else None
+        kind = dict(stream.headers).get(b"content-type", b"")
+        self.relay = SseRelay(hides_usage=False) if b"event-stream" in kind else None
+        self._json: list[bytes] | None = [] if b"json" in kind else None
         self.read_bytes = 0
 
     @property

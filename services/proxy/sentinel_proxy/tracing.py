@@ -94,14 +94,13 @@ class TracedUpstream(Upstream):
         body: bytes | AsyncIterable[bytes] | None,
         *,
         request_id: str,
-        accept_encoding: bytes | None = None,
     ) -> Stream:
         """As it is, in a span that ends with the stream."""
         trace = _CURRENT.get()
         if trace is None:
-            return super().stream(method, path, headers, body, request_id=request_id, accept_encoding=accept_encoding)
+            return super().stream(method, path, headers, body, request_id=request_id)
         span, headers = self._begin(trace, method, path, headers)
-        request = self._streamed(method, path, headers, body, request_id=request_id, accept_encoding=accept_encoding)
+        request = self._streamed(method, path, headers, body, request_id=request_id)
         return _TracedStream(request, span, trace.span)
 
     def _begin(self, trace: _Trace, method: str, path: str, headers: RawHeaders) -> tuple[Span, RawHeaders]:

@@ -165,10 +165,11 @@ class Upstream:
             .connect_timeout(timedelta(seconds=connect_timeout_s))
             .read_timeout(timedelta(seconds=idle_timeout_s))
             .follow_redirects(enable=False)
-            .gzip(enable=False)
-            .brotli(enable=False)
-            .zstd(enable=False)
-            .deflate(enable=False)
+            # Never asked for, so that usage can be read; what comes packed all the same is unpacked.
+            .gzip(enable=True)
+            .brotli(enable=True)
+            .zstd(enable=True)
+            .deflate(enable=True)
             .http1_lower_case_headers()
         )
         if ca_file is not None:
@@ -180,8 +181,8 @@ class Upstream:
         await self._client.close()
 
     async def send(self, method: str, path: str, headers: RawHeaders, body: bytes, *, request_id: str) -> Answer:
-        """Send a request and read its whole answer, uncompressed. Raises UpstreamTimeout, UpstreamUnreachable."""
-        request = self._request(method, path, headers, request_id, accept_encoding=None).body_bytes(body).build()
+        """Send a request and read its whole answer. Raises UpstreamTimeout, UpstreamUnreachable."""
+        request = self._request(method, path, headers, request_id).body_bytes(body).build()
         try:
             response = await request.send()
             await _heed_cancellation()
@@ -199,12 +200,9 @@ class Upstream:
         body: bytes | AsyncIterable[bytes] | None,
         *,
         request_id: str,
-        accept_encoding: bytes | None = None,
     ) -> Stream:
-        """The same, its answer read as it comes; `accept_encoding` is the client's where bytes only pass through."""
-        return Stream(
-            self._streamed(method, path, headers, body, request_id=request_id, accept_encoding=accept_encoding)
-        )
+        """The same, its answer read as it comes."""
+        return Stream(self._streamed(method, path, headers, body, request_id=request_id))
 
     def _streamed(
         self,
@@ -214,9 +212,8 @@ class Upstream:
         body: bytes | AsyncIterable[bytes] | None,
         *,
         request_id: str,
-        accept_encoding: bytes | None,
     ) -> StreamRequest:
-        builder = self._request(method, path, headers, request_id, accept_encoding=accept_encoding)
+        builder = self._request(method, path, headers, request_id)
         if isinstance(body, bytes):
             builder = builder.body_bytes(body)
         elif body is not None:
@@ -224,11 +221,8 @@ class Upstream:
         # 1: hand every read on as it comes; by default the first 64 kB are held back.
         return builder.streamed_read_buffer_limit(1).build_streamed()
 
-    def _request(
-        self, method: str, path: str, headers: RawHeaders, request_id: str, *, accept_encoding: bytes | None
-    ) -> RequestBuilder:
-        sent = [("authorization", self._authorization), ("x-request-id", request_id)]
-        sent.append(("accept-encoding", "identity" if accept_encoding is None else accept_encoding.decode("latin-1")))
+    def _request(self, method: str, path: str, headers: RawHeaders, request_id: str) -> RequestBuilder:
+        sent = [("authorization", self._authorization), ("x-request-id", request_id), ("accept-encoding", "identity")]
         sent += [
             (name.decode("latin-1"), value.decode("latin-1"))
             for name, value in headers

@@ -139,6 +139,10 @@ class RedisLane:
         """The masters' addresses."""
         return [node.name for node in self._topology.nodes()]
 
+    def node_of(self, key: bytes | str) -> str:
+        """The address of the master that serves `key`, as far as is known."""
+        return self._node_for(key).name
+
     @property
     def connected(self) -> bool:
         return all(node.connection.ready for node in self._topology.nodes())
