@@ -11,6 +11,8 @@ PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3 p
 # SECONDS and SEED are for `make chaos`; a run prints its seed, so that a failing one can be replayed.
 SECONDS := 60
 SEED :=
+# off: a Zion that does not honour Idempotency-Key; what it has twice is reported, and held to its bound.
+IDEMPOTENCY := on
 
 # Another active environment, or a person's own pip settings, must not decide what .venv holds.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER
@@ -49,8 +51,8 @@ profile: setup ## where the time of a request goes
 soak: setup ## the property tests, for much longer
 	$(BIN)/pytest -n auto -m soak -o faulthandler_timeout=0 tests
 
-chaos: setup ## kill, stop and cut under load, then compare the books; SECONDS=60 SEED=...
-	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+chaos: setup ## kill, stop and cut under load, then compare the books; SECONDS=60 SEED=... IDEMPOTENCY=on
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) --idempotency $(IDEMPOTENCY)
 
 clean: ## removes .venv and what the tools left
 	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

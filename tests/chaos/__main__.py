@@ -16,11 +16,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--idempotency", choices=["on", "off"], default="on", help="whether Zion honours keys")
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
     folder = Path(tempfile.mkdtemp(prefix="sentinel-chaos-"))
     print(f"seed {seed}, logs in {folder}", flush=True)
-    report = asyncio.run(storm(folder, seed=seed, seconds=options.seconds))
+    idempotent = options.idempotency == "on"
+    report = asyncio.run(storm(folder, seed=seed, seconds=options.seconds, idempotent=idempotent))
     print("\n".join(report.lines()))
     return 1 if report.problems else 0
 

@@ -71,12 +71,17 @@ class Report:
     charged: int = 0
     reaped: int = 0
     zion_calls: int = 0
+    unknown_outcomes: int = 0
+    """How many POSTs at most ended without Zion's word."""
+    doubled: Counter[str] = field(default_factory=Counter)
+    """Units by limit that Zion has more than once: none, unless it does not honour keys."""
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """For people."""
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
-        verdict = self.problems or ["the books balance: lost 0, doubled 0"]
+        doubled = ", ".join(f"{count} {name}" for name, count in sorted(self.doubled.items())) or "0"
+        verdict = self.problems or [f"the books balance: lost 0, doubled {doubled}"]
         return [
             f"seed {self.seed}: {self.requests} requests, {self.complete} complete, {self.refused} refused",
             f"faults: {faults}",
@@ -88,8 +93,10 @@ class Report:
 class Storm:
     """One run. `run` returns the report; the same seed throws the same dice."""
 
-    def __init__(self, system: System, *, seed: int) -> None:
+    def __init__(self, system: System, *, seed: int, idempotent: bool) -> None:
         self._system = system
+        self._idempotent = idempotent
+        self._environ = ENVIRON if idempotent else {**ENVIRON, "ZION_IDEMPOTENCY": "off"}
         self._random = random.Random(seed)
         self._services: list[Server] = []
         self._users: list[User] = []
@@ -117,8 +124,9 @@ class Storm:
         return self.report
 
     def _start(self) -> None:
+        self._system.zion.post("/admin/reset", {"honourKeys": self._idempotent})
         self._users = [self._system.add_user() for _ in range(USERS)]
-        self._services = self._system.start_all(*SERVICES, *SERVICES, **ENVIRON)
+        self._services = self._system.start_all(*SERVICES, *SERVICES, **self._environ)
 
     # --- load ---
 
@@ -171,6 +179,8 @@ class Storm:
         )
         (action,) = self._random.choices([a for a, _ in actions], [weight for _, weight in actions])
         self.report.faults[action.__name__.strip("_")] += 1
+        # Each of two workers sends four batches at once.
+        self.report.unknown_outcomes += 8
         action()
 
     def _victim(self) -> int:
@@ -188,7 +198,7 @@ class Storm:
 
     def _replace(self, at: int) -> None:
         service = self._services[at].name.rpartition("-")[0]
-        self._services[at] = self._system.start(service, **ENVIRON)
+        self._services[at] = self._system.start(service, **self._environ)
 
     def _pause(self) -> None:
         server = self._services[self._victim()]
@@ -211,7 +221,9 @@ class Storm:
         route = "batch" if fault["kind"] in {"partial", "missing_items", "no_batch", "applied_then_silent"} else "*"
         if fault.get("status") == 400:
             route = "batch"
-        fault |= {"route": route, "times": self._random.randint(1, 4), "seed": self._random.randrange(1_000)}
+        times = self._random.randint(1, 4)
+        fault |= {"route": route, "times": times, "seed": self._random.randrange(1_000)}
+        self.report.unknown_outcomes += times
         self._system.zion.post("/admin/faults", [fault])
 
     # --- quiet, then the books ---
@@ -263,8 +275,11 @@ class Storm:
         for user in self._users:
             booked = self._system.booked(user)
             expected = {name: sums[user.external_id][name] for name in LIMITS}
-            if booked != expected:
+            more = {name: booked[name] - expected[name] for name in LIMITS if booked[name] > expected[name]}
+            self.report.doubled.update(more)
+            if any(booked[name] < expected[name] for name in LIMITS) or (more and self._idempotent):
                 problems.append(f"{user.external_id}: Zion has {booked}, Sentinel settled {expected}")
+        problems += self._beyond_the_bound()
         unaccounted = {
             server.name: server.metric("sentinel_usage_unaccounted_tokens")
             for server in self._services
@@ -273,6 +288,18 @@ class Storm:
         problems += [f"{name}: {tokens} tokens unaccounted for" for name, tokens in unaccounted.items() if tokens]
         calls = self._system.zion.get("/admin/books").json()["calls"]
         self.report.zion_calls = sum(calls.get(route, 0) for route in ("batch", "increment"))
+
+    def _beyond_the_bound(self) -> list[str]:
+        """An unknown outcome doubles one batch at most."""
+        posts: Counter[tuple[str, str]] = Counter()
+        for entry in self._system.zion.get("/admin/ledger").json()["entries"]:
+            posts[entry["key"].partition(":")[0], entry["limitName"]] += entry["amount"]
+        largest = {name: max((units for (_, one), units in posts.items() if one == name), default=0) for name in LIMITS}
+        return [
+            f"{count} {name} doubled, {self.report.unknown_outcomes} unknown outcomes of batches up to {largest[name]}"
+            for name, count in self.report.doubled.items()
+            if count > self.report.unknown_outcomes * largest[name]
+        ]
 
     def _against_the_gateway(self, charged: list[dict[str, Any]]) -> list[str]:
         """What the gateway finished and Sentinel heard to the end must be charged to the token."""
@@ -300,7 +327,7 @@ class Storm:
         ]
 
 
-async def storm(folder: Path, *, seed: int, seconds: float) -> Report:
-    """A whole run in a folder of its own, which keeps the logs."""
+async def storm(folder: Path, *, seed: int, seconds: float, idempotent: bool = True) -> Report:
+    """A whole run in a folder of its own, which keeps the logs; with a Zion that honours keys, or one that does not."""
     with System(folder) as system:
-        return await Storm(system, seed=seed).run(seconds=seconds)
+        return await Storm(system, seed=seed, idempotent=idempotent).run(seconds=seconds)
