@@ -42,8 +42,8 @@ format: setup ## what ruff can put right by itself
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: setup ## what a request costs, beside others
-	$(BIN)/python -m tests.bench
+bench: setup ## what a request costs, beside others; PEERS=1: beside TensorZero and LiteLLM, too
+	$(BIN)/python -m tests.bench $(if $(PEERS),--peers)
 
 profile: setup ## where the time of a request goes
 	$(BIN)/python -m tests.bench.profile

@@ -17,11 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import ledger_cost, peers
+from tests.bench import foreign, ledger_cost, peers
 from tests.support.redis_server import free_port
 from tests.support.system import GATEWAY_KEY, System, bare_environ
 
@@ -60,6 +61,7 @@ class Contestant:
     port: int
     pids: tuple[int, ...]
     redis_pids: tuple[int, ...] = ()
+    foreign: foreign.Foreign | None = None
 
 
 def cpu_s(pids: tuple[int, ...]) -> float:
@@ -82,12 +84,7 @@ def memory_mb(pids: tuple[int, ...]) -> float:
 
 def measure(contestant: Contestant, scenario: Scenario, tokens: list[str], seconds: float) -> dict[str, Any]:
     """One round: microseconds of CPU per request (and per event), latencies."""
-    body = json.dumps(scenario.body)
-    requests = [
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {token}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}"
-        for token in tokens
-    ]
+    requests = [_request(contestant, scenario, token, number) for number, token in enumerate(tokens)]
     order = {
         "host": "127.0.0.1",
         "port": contestant.port,
@@ -106,6 +103,17 @@ def measure(contestant: Contestant, scenario: Scenario, tokens: list[str], secon
     told["cpu_us_per_event"] = told["cpu_us"] * count / told["events"] if told["events"] else None
     told["per_s"] = count / seconds
     return told
+
+
+def _request(contestant: Contestant, scenario: Scenario, token: str, number: int) -> str:
+    other = contestant.foreign
+    body = json.dumps(scenario.body if other is None else other.body(scenario.body, f"user-{number}"))
+    path = "/v1/chat/completions" if other is None else other.path
+    token = token if other is None or other.token is None else other.token
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {token}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    )
 
 
 def contestants(system: System, folder: Path) -> tuple[list[Contestant], list[subprocess.Popen[bytes]]]:
@@ -132,14 +140,17 @@ def contestants(system: System, folder: Path) -> tuple[list[Contestant], list[su
     return fields, started
 
 
-def run(*, rounds: int, seconds: float) -> dict[str, Any]:
+def run(*, rounds: int, seconds: float, peers_too: bool = False) -> dict[str, Any]:
     """All scenarios over all contestants, interleaved; medians."""
     folder = Path(tempfile.mkdtemp(prefix="sentinel-bench-"))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    with System(folder / "system") as system:
+    with ExitStack() as stack, System(folder / "system") as system:
         plenty = [system.add_user({"ai_requests": None}).token for _ in range(USERS)]
         nothing = [system.add_user({"ai_requests": 0}).token for _ in range(USERS)]
         fields, started = contestants(system, folder)
+        if peers_too:
+            others = foreign.start_all(stack, folder, system.gateway.url)
+            fields += [Contestant(one.name, one.port, one.pids, one.redis_pids, one) for one in others]
         try:
             for contestant in fields:
                 _until_answering(contestant, plenty[0])
@@ -205,8 +216,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--peers", action="store_true", help="TensorZero and LiteLLM, too")
     options = parser.parse_args()
-    report = run(rounds=options.rounds, seconds=options.seconds)
+    report = run(rounds=options.rounds, seconds=options.seconds, peers_too=options.peers)
     ledger = asyncio.run(ledger_cost.measure())
     report["ledger"] = ledger
     costs = [f"- {row}" for row in ledger_cost.lines(ledger)]
