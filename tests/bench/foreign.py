@@ -26,6 +26,8 @@ TENSORZERO: Final = "tensorzero==2026.6.0"
 LITELLM: Final = "litellm[proxy]==1.106.2"
 _START_WITHIN_S: Final = 90.0
 
+# Per user, requests and tokens of a minute. (Sentinel: that, and requests, input and output of a month.) A month beside
+# the minute it answers with 502: "Duplicate keys are not allowed in the input array".
 _TENSORZERO_CONFIG: Final = """
 gateway.observability.enabled = false
 [models.chat]
@@ -38,8 +40,8 @@ api_key_location = "env::BENCH_GATEWAY_KEY"
 [rate_limiting]
 enabled = true
 [[rate_limiting.rules]]
-model_inferences_per_hour = 1000000000
-tokens_per_hour = 1000000000000
+model_inferences_per_minute = 1000000000
+tokens_per_minute = 1000000000000
 always = true
 scope = [{{ tag_key = "user", tag_value = "tensorzero::each" }}]
 """

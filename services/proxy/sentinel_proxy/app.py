@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,7 +22,7 @@ from sentinel_proxy.local_share import LocalShare
 from sentinel_proxy.meter import Meter
 from sentinel_proxy.metrics import ProxyMetrics
 from sentinel_proxy.models import Models
-from sentinel_proxy.routes import Gate, not_found, status_routes, support_routes, webhook_routes
+from sentinel_proxy.routes import Gate, not_found, status_routes, support_routes, webhook_routes, wrong_method
 from sentinel_proxy.settings import RedisFailMode
 from sentinel_proxy.spool import Spool, ledger_name
 from sentinel_proxy.tokens import Ratios, TokenCounter
@@ -57,9 +58,15 @@ class SentinelApp(FastAPI):
 
     def __init__(self, gate: Callable[[Scope, Receive, Send], Awaitable[None]], health: Health) -> None:
         super().__init__(
-            title="Sentinel", version=version("sentinel-proxy"), docs_url=None, redoc_url=None, openapi_url=None
+            title="Sentinel",
+            version=version("sentinel-proxy"),
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            redirect_slashes=False,
         )
         self.router.default = not_found
+        self.add_exception_handler(HTTPStatus.METHOD_NOT_ALLOWED, wrong_method)
         self.health = health
         self._gate = gate
 

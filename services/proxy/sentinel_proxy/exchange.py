@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Final
 
 from sentinel_proxy.errors import ApiError, body_too_large, invalid_request, render, unknown_encoding
@@ -89,7 +90,7 @@ class Exchange:
         body: bytes = message.get("body", b"")
         if message.get("more_body"):
             pieces = [body]
-            pieces += [piece async for piece in self.body_pieces(max_bytes=max_bytes - len(body))]
+            pieces += [piece async for piece in self.body_pieces(max_bytes=max_bytes, read_bytes=len(body))]
             body = b"".join(pieces)
         if len(body) > max_bytes:
             raise body_too_large(max_bytes)
@@ -100,9 +101,9 @@ class Exchange:
         # Never on the loop: a few bytes may stand for as many as are allowed.
         return await asyncio.to_thread(_unpacked, body, packing.decode("latin-1"), max_bytes=max_bytes)
 
-    async def body_pieces(self, *, max_bytes: int) -> AsyncIterator[bytes]:
-        """The rest of the body as it comes. Raises as `body` does."""
-        spare_bytes = max_bytes
+    async def body_pieces(self, *, max_bytes: int, read_bytes: int = 0) -> AsyncIterator[bytes]:
+        """The rest of the body as it comes, `read_bytes` of it having been read. Raises as `body` does."""
+        spare_bytes = max_bytes - read_bytes
         more = True
         while more:
             message = await self._receive()
@@ -125,7 +126,9 @@ class Exchange:
     async def answer(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """A whole answer; a HEAD gets no body."""
         kept = [header for header in headers if header[0] != b"content-length"]
-        await self.start(status, [*kept, (b"content-length", b"%d" % len(body))])
+        if status != HTTPStatus.NO_CONTENT:
+            kept.append((b"content-length", b"%d" % len(body)))
+        await self.start(status, kept)
         await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
 
     async def refuse(self, error: ApiError, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
@@ -179,6 +182,8 @@ def _unpacked(body: bytes, packing: str, *, max_bytes: int) -> bytes:
         raise invalid_request("The body of your request cannot be unpacked.", code="invalid_content_encoding") from None
     if len(whole) > max_bytes:
         raise body_too_large(max_bytes)
-    if not unpacking.eof:
-        raise invalid_request("The body of your request ends too early.", code="invalid_content_encoding")
+    if not unpacking.eof or unpacking.unused_data:
+        raise invalid_request(
+            "The body of your request ends too early, or more follows its end.", code="invalid_content_encoding"
+        )
     return whole

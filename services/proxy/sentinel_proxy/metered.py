@@ -10,14 +10,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from sentinel_proxy.errors import upstream_rejected
 from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
-from sentinel_proxy.relaying import Outlet, relay_stream, watching
+from sentinel_proxy.relaying import Outlet, of_a_stream, relay_stream, watching
 from sentinel_proxy.settings import QuotaMode
 from sentinel_proxy.sse import SseRelay, find_usage
 from sentinel_proxy.tokens import lookup
-from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
+from sentinel_proxy.toolbox import ACCOUNT_STATUSES, account_refused, as_answer, authenticate
 from sentinel_proxy.upstream import Answer, UpstreamError, UpstreamTimeout
 from sentinel_shared.accounts import Cost
 
@@ -37,7 +36,6 @@ _COUNT_EVERY: Final = 16
 """However much a caller has left, every so many prompts are counted exactly, so that the estimate stays calibrated."""
 _TOKENS_MAX: Final = 2**53
 """What the ledger counts exactly."""
-_STREAM_HEADERS: Final = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +192,8 @@ async def _deliver(
 ) -> None:
     if answer.status in ACCOUNT_STATUSES:
         _give_back(tools, job, reached=True)
-        tools.metrics.upstream_errors.labels(f"rejected_{answer.status}").inc()
-        raise upstream_rejected()
+        await exchange.refuse(account_refused(tools, answer.status), job.admission.headers)
+        return
     if answer.status >= 300:
         _give_back(tools, job, reached=True)
     else:
@@ -222,7 +220,7 @@ async def _forward_stream(tools: Toolbox, job: _Job, exchange: Exchange) -> None
                         exchange,
                         abandonment,
                         status=stream.status,
-                        headers=stream.headers + headers + _STREAM_HEADERS,
+                        headers=of_a_stream(stream.headers + headers),
                         began_s=job.asked.began_s,
                     )
                     await _relay(tools, job, stream, outlet)

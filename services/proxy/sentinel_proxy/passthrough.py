@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from sentinel_proxy.errors import unknown_url, upstream_rejected
+from sentinel_proxy.errors import method_not_allowed, unknown_url
 from sentinel_proxy.exchange import ClientGone
-from sentinel_proxy.relaying import watching
-from sentinel_proxy.sse import SseRelay, Usage, find_usage
-from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
+from sentinel_proxy.relaying import of_a_stream, watching
+from sentinel_proxy.sse import USAGE_TAIL_BYTES, SseRelay, Usage, find_usage, find_usage_in_tail
+from sentinel_proxy.toolbox import ACCOUNT_STATUSES, account_refused, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
 from sentinel_shared.accounts import Cost
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _USAGE_BODY_MAX_BYTES: Final = 16 * 1024 * 1024
 _BODYLESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+# Not TRACE, whose answer would show the gateway's key.
+_METHODS: Final = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 
 
 async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
@@ -34,6 +36,8 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
     path = upstream_path(exchange.path)
     if path is None:
         raise unknown_url(exchange.method, exchange.path)
+    if exchange.method not in _METHODS:
+        raise method_not_allowed(exchange.method, exchange.path, allowed=_METHODS)
     max_bytes = tools.settings.max_body_bytes
     exchange.check_length(max_bytes=max_bytes)
     rid = tools.new_rid()
@@ -86,13 +90,15 @@ async def _deliver(
     abandonment: Abandonment,
 ) -> None:
     if stream.status in ACCOUNT_STATUSES:
-        tools.metrics.upstream_errors.labels(f"rejected_{stream.status}").inc()
-        raise upstream_rejected()
+        tools.meter.refund(running, reached=True)
+        await exchange.refuse(account_refused(tools, stream.status), headers)
+        return
     if stream.status >= 400:
         tools.meter.refund(running, reached=True)
     reader = _UsageReader(stream)
+    headers = stream.headers + headers
     try:
-        await exchange.start(stream.status, stream.headers + headers)
+        await exchange.start(stream.status, headers if reader.relay is None else of_a_stream(headers))
         while (chunk := await stream.read()) is not None:
             reader.feed(chunk)
             if not abandonment.begun:
@@ -120,7 +126,7 @@ async def _charge(tools: Toolbox, path: str, running: Running, reader: _UsageRea
 
 
 class _UsageReader:
-    """Looks over an answer's shoulder: a stream of events, or JSON of a bounded size; anything else has no usage."""
+    """Looks over an answer's shoulder: a stream of events, or JSON, of which long ones are only known by their end."""
 
     def __init__(self, stream: Stream) -> None:
         kind = dict(stream.headers).get(b"content-type", b"")
@@ -138,15 +144,19 @@ class _UsageReader:
         if self.relay is not None:
             self.relay.feed(chunk)
         elif self._json is not None:
-            if self.read_bytes > _USAGE_BODY_MAX_BYTES:
-                self._json = None
-            else:
-                self._json.append(chunk)
+            self._json.append(chunk)
+            if self._is_long:
+                self._json = [b"".join(self._json)[-USAGE_TAIL_BYTES:]]
 
     def usage(self) -> Usage | None:
         if self.relay is not None:
             return self.relay.usage
-        return find_usage(b"".join(self._json)) if self._json else None
+        kept = b"".join(self._json or ())
+        return find_usage_in_tail(kept) if self._is_long else find_usage(kept)
+
+    @property
+    def _is_long(self) -> bool:
+        return self.read_bytes > _USAGE_BODY_MAX_BYTES
 
 
 def upstream_path(path: str) -> str | None:

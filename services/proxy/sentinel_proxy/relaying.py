@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from sentinel_proxy.upstream import Stream
 
 _DRAIN_MAX_BYTES: Final = 16 * 1024 * 1024
+_STREAM_HEADERS: Final = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+
+
+def of_a_stream(headers: Headers) -> Headers:
+    """These, and what they lack to keep everybody on the way from holding events back."""
+    names = {name for name, _ in headers}
+    return headers + [own for own in _STREAM_HEADERS if own[0] not in names]
 
 
 async def relay_stream(stream: Stream, relay: SseRelay, outlet: Outlet) -> None:

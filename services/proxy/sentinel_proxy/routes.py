@@ -22,12 +22,11 @@ from sentinel_proxy.errors import (
     render,
     unavailable,
     unknown_url,
-    upstream_rejected,
 )
 from sentinel_proxy.exchange import ClientGone, Exchange, Served
 from sentinel_proxy.limiter import Denied
 from sentinel_proxy.reports import support_report, usage_report
-from sentinel_proxy.toolbox import ACCOUNT_STATUSES, as_answer, authenticate
+from sentinel_proxy.toolbox import ACCOUNT_STATUSES, account_refused, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
 from sentinel_shared.errors import SentinelError
 
@@ -145,7 +144,7 @@ class Gate:
         except UpstreamError as error:
             raise as_answer(error) from error
         if answer.status in ACCOUNT_STATUSES:
-            raise upstream_rejected()
+            raise account_refused(self.tools, answer.status)
         await exchange.answer(answer.status, answer.headers, answer.body)
 
     async def _cors(self, exchange: Exchange) -> bool:
@@ -296,4 +295,10 @@ async def not_found(scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-__all__ = ["Gate", "not_found", "signed", "status_routes", "support_routes", "webhook_routes"]
+async def wrong_method(request: Request, error: Exception) -> Response:
+    """A path of the app that is there for other methods, in OpenAI's envelope."""
+    allowed = (getattr(error, "headers", None) or {}).get("Allow", "")
+    return _rendered(method_not_allowed(request.method, request.url.path, allowed=[allowed]))
+
+
+__all__ = ["Gate", "not_found", "signed", "status_routes", "support_routes", "webhook_routes", "wrong_method"]

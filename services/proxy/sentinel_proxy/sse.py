@@ -29,7 +29,7 @@ _AHEAD_STARTS: Final = (b":", b"\n", b"\r")
 _AHEAD: Final = re.compile(rb"(?:(?::[^\r\n]*+)?(?>\r\n|\n|\r))*")
 # Of an event too long to be held, these parts say what it was and what it took.
 _HEAD_BYTES: Final = 256
-_TAIL_BYTES: Final = 4_096
+USAGE_TAIL_BYTES: Final = 4_096
 _USAGE_IN_TAIL: Final = re.compile(rb'"usage"\s*+:\s*+(\{(?:[^{}]|\{[^{}]*+\})*+\})')
 _LAST_TYPES: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 _LAST_MARKS: Final = tuple(kind.encode() for kind in _LAST_TYPES)
@@ -83,6 +83,12 @@ def find_usage(json_body: bytes) -> Usage | None:
         return _usage(bytes(_ANSWER.decode(json_body).usage))
     except _UNREADABLE:
         return None
+
+
+def find_usage_in_tail(tail: bytes) -> Usage | None:
+    """The last usage in the end of something too long to be read whole."""
+    found = [usage for match in _USAGE_IN_TAIL.finditer(tail) if (usage := _usage(match[1])) is not None]
+    return found[-1] if found else None
 
 
 class SseRelay:
@@ -197,7 +203,7 @@ class SseRelay:
             out.append(bytes(held))
             self.started = True
             self._overlong = bytes(held[:_HEAD_BYTES])
-            del held[:-_TAIL_BYTES]
+            del held[:-USAGE_TAIL_BYTES]
         return b"".join(out)
 
     def _pass_overlong(self, chunk: bytes) -> bytes:
@@ -207,7 +213,7 @@ class SseRelay:
         held += chunk
         match = _EVENT_END.search(held, max(0, known - _EVENT_END_BYTES + 1))
         if not match:
-            del held[:-_TAIL_BYTES]
+            del held[:-USAGE_TAIL_BYTES]
             return chunk
         self._observe_overlong(bytes(held[: match.end()]))
         held.clear()
@@ -217,8 +223,7 @@ class SseRelay:
     def _observe_overlong(self, tail: bytes) -> None:
         self.finished = self.finished or any(mark in self._overlong for mark in _LAST_MARKS)
         self._overlong = b""
-        for match in _USAGE_IN_TAIL.finditer(tail):
-            self.usage = _usage(match[1]) or self.usage
+        self.usage = find_usage_in_tail(tail) or self.usage
 
     def _observe(self, event: bytes) -> bool:
         """Learns from a whole event; False if it must not reach the caller."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sentinel_proxy.auth import bearer_token
-from sentinel_proxy.errors import ApiError, upstream_timeout, upstream_unreachable, user_not_metered
+from sentinel_proxy.errors import ApiError, upstream_rejected, upstream_timeout, upstream_unreachable, user_not_metered
 from sentinel_proxy.upstream import UpstreamError, UpstreamTimeout
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ACCOUNT_STATUSES: Final = frozenset({401, 402, 403})
 """The upstream's word about the gateway's own account, which is none of the caller's business."""
+
+_log: Final = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -58,6 +61,13 @@ async def authenticate(tools: Toolbox, exchange: Exchange) -> tuple[Caller, str]
     if caller.external_id is None:
         raise user_not_metered()
     return caller, caller.external_id
+
+
+def account_refused(tools: Toolbox, status: int) -> ApiError:
+    """The caller's answer where the upstream's has one of ACCOUNT_STATUSES; counted and logged for the operator."""
+    tools.metrics.upstream_errors.labels(f"rejected_{status}").inc()
+    _log.warning("the upstream refuses the gateway's own account: status %d", status)
+    return upstream_rejected()
 
 
 def as_answer(error: UpstreamError) -> ApiError:
