@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.support.redis_server import RedisServer, SentinelSetup
@@ -78,3 +81,34 @@ def test_a_fail_over_to_a_replica_that_was_behind_loses_no_usage(place, setup):
 
     eventually(settled, within_s=60)
     assert used["ai_requests"] == 25
+
+
+def test_a_switch_of_masters_under_load_loses_and_doubles_nothing(place, setup):
+    """For some seconds both take themselves for the master; what only the old one was told is forgotten."""
+    users = [place.add_user() for _ in range(4)]
+    assert [ask(place, user) for user in users] == [200] * 4
+    enough = threading.Event()
+
+    def client(user):
+        statuses = set()
+        while not enough.is_set():
+            statuses.add(ask(place, user))
+        return statuses
+
+    with ThreadPoolExecutor(len(users)) as clients:
+        running = [clients.submit(client, user) for user in users]
+        try:
+            eventually(lambda: place.booked(users[0])["ai_requests"] > 20, within_s=10)
+            setup.sentinel.ask("SENTINEL", "FAILOVER", "mymaster")
+            eventually(lambda: "master_link_status:up" in setup.master.ask("INFO", "replication"), within_s=40)
+            after = place.booked(users[0])["ai_requests"]
+            eventually(lambda: place.booked(users[0])["ai_requests"] > after + 20, within_s=20)
+        finally:
+            enough.set()
+        assert set().union(*(one.result() for one in running)) <= {200, 503}
+    eventually(lambda: waiting(place) == 0, within_s=15)
+    for user in users:
+        charged = place.charged(user)
+        eventually(lambda user=user: place.booked(user), within_s=15, until=lambda told, all_=charged: told == all_)
+        used = {name: limit["used"] for name, limit in place.usage(user).items()}
+        assert used == charged

@@ -113,9 +113,19 @@ TAKEN_OUT = {
 }
 
 
+# A seed that shows it; where the scripts have changed since, another one is looked for.
+SHOWN_BY = {
+    "what was confirmed during a refresh is added": 130,
+    "a period that is over starts anew at 0": 439,
+    "a figure of Zion's waits for a snapshot of the period": 318,
+    "a figure of Zion's is of the period that its batch was claimed in": 514,
+    "the ring forgets no bucket early": 116,
+}
+
+
 @pytest.mark.parametrize("rule", TAKEN_OUT)
 def test_the_proof_notices_when_a_rule_is_taken_out(runner, lane, rule):
     scripts = Scripts.load(taken_out=TAKEN_OUT[rule])
     with pytest.raises(AssertionError):  # noqa: PT012 - which of the seeds shows it is open
-        for seed in range(SEEDS):
+        for seed in (SHOWN_BY.get(rule, 0), *range(SEEDS)):
             runner.run(live(World(lane, seed, scripts), steps=STEPS))
