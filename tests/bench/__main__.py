@@ -116,55 +116,56 @@ def _request(contestant: Contestant, scenario: Scenario, token: str, number: int
     )
 
 
-def contestants(system: System, folder: Path) -> tuple[list[Contestant], list[subprocess.Popen[bytes]]]:
-    """All that can run here, started."""
+def contestants(stack: ExitStack, system: System, folder: Path) -> list[Contestant]:
+    """All that can run here, started; `stack` ends them."""
     proxy, *_ = system.start_all("proxy", "usage-worker", "limits-sync", RATE_LIMIT_REQUESTS="1000000000")
     redis_pid = system.redis.pid
     fields = [Contestant("Sentinel, everything on", int(proxy.url.rpartition(":")[2]), (proxy.pid,), (redis_pid,))]
-    started: list[subprocess.Popen[bytes]] = []
     environ = bare_environ(BENCH_GATEWAY=system.gateway.url, BENCH_GATEWAY_KEY=GATEWAY_KEY)
     for name, app in (("bare uvicorn, no upstream", "bare"), ("FastAPI + httpx relay, no limits", "naive")):
         port = free_port()
         options = ["--factory"] if app == "naive" else []
         command = [sys.executable, "-m", "uvicorn", f"tests.bench.peers:{app}", "--port", str(port), "--no-access-log"]
-        started.append(subprocess.Popen([*command, "--log-level", "warning", *options], env=environ))
-        fields.append(Contestant(name, port, (started[-1].pid,)))
+        process = subprocess.Popen([*command, "--log-level", "warning", *options], env=environ)
+        stack.callback(_end, process)
+        fields.append(Contestant(name, port, (process.pid,)))
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx:
         port = free_port()
         config = folder / "nginx.conf"
         gateway = system.gateway.url.removeprefix("http://")
         config.write_text(peers.NGINX.format(folder=folder, gateway=gateway, port=port, key=GATEWAY_KEY))
-        started.append(subprocess.Popen([nginx, "-c", str(config), "-e", str(folder / "nginx.log")]))
-        fields.append(Contestant("nginx proxy_pass, no limits", port, (started[-1].pid,)))
-    return fields, started
+        process = subprocess.Popen([nginx, "-c", str(config), "-e", str(folder / "nginx.log")])
+        stack.callback(_end, process)
+        fields.append(Contestant("nginx proxy_pass, no limits", port, (process.pid,)))
+    return fields
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait()
 
 
 def run(*, rounds: int, seconds: float, peers_too: bool = False) -> dict[str, Any]:
     """All scenarios over all contestants, interleaved; medians."""
     folder = Path(tempfile.mkdtemp(prefix="sentinel-bench-"))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    with ExitStack() as stack, System(folder / "system") as system:
+    with System(folder / "system") as system, ExitStack() as stack:
         plenty = [system.add_user({"ai_requests": None}).token for _ in range(USERS)]
         nothing = [system.add_user({"ai_requests": 0}).token for _ in range(USERS)]
-        fields, started = contestants(system, folder)
+        fields = contestants(stack, system, folder)
         if peers_too:
             others = foreign.start_all(stack, folder, system.gateway.url)
             fields += [Contestant(one.name, one.port, one.pids, one.redis_pids, one) for one in others]
-        try:
-            for contestant in fields:
-                _until_answering(contestant, plenty[0])
-            for _ in range(rounds):
-                for scenario in SCENARIOS:
-                    for contestant in fields if not scenario.refused else fields[:1]:
-                        tokens = nothing if scenario.refused else plenty
-                        told = measure(contestant, scenario, tokens, seconds)
-                        results.setdefault(scenario.name, {}).setdefault(contestant.name, []).append(told)
-            memory = memory_mb(fields[0].pids)
-        finally:
-            for process in started:
-                process.terminate()
-                process.wait()
+        for contestant in fields:
+            _until_answering(contestant, plenty[0])
+        for _ in range(rounds):
+            for scenario in SCENARIOS:
+                for contestant in fields if not scenario.refused else fields[:1]:
+                    tokens = nothing if scenario.refused else plenty
+                    told = measure(contestant, scenario, tokens, seconds)
+                    results.setdefault(scenario.name, {}).setdefault(contestant.name, []).append(told)
+        memory = memory_mb(fields[0].pids)
     medians = {
         scenario: {name: _median(told) for name, told in by_name.items()} for scenario, by_name in results.items()
     }
