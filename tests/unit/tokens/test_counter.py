@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import random
 import string
 import sys
@@ -186,6 +187,9 @@ async def test_threads_give_the_loop_its_turn_at_once_for_as_long_as_they_count(
         while not stuck.entered.is_set():
             await asyncio.sleep(0.001)
         assert sys.getswitchinterval() < usual_s / 10
+        if sys.platform == "linux":
+            counting = [one.native_id or 0 for one in threading.enumerate() if one.name.startswith("tokens")]
+            assert {os.getpriority(os.PRIO_PROCESS, number) for number in counting} == {10}
         stuck.let_go.set()
         await asyncio.gather(*counts)
         assert sys.getswitchinterval() == usual_s
