@@ -83,6 +83,7 @@ def test_a_fail_over_to_a_replica_that_was_behind_loses_no_usage(place, setup):
     assert used["ai_requests"] == 25
 
 
+@pytest.mark.soak
 def test_a_switch_of_masters_under_load_loses_and_doubles_nothing(place, setup):
     """For some seconds both take themselves for the master; what only the old one was told is forgotten."""
     users = [place.add_user() for _ in range(4)]
@@ -107,8 +108,7 @@ def test_a_switch_of_masters_under_load_loses_and_doubles_nothing(place, setup):
             enough.set()
         assert set().union(*(one.result() for one in running)) <= {200, 503}
     eventually(lambda: waiting(place) == 0, within_s=15)
-    for user in users:
-        charged = place.charged(user)
-        eventually(lambda user=user: place.booked(user), within_s=15, until=lambda told, all_=charged: told == all_)
-        used = {name: limit["used"] for name, limit in place.usage(user).items()}
-        assert used == charged
+    charged = [place.charged(user) for user in users]
+    eventually(lambda: [place.booked(user) for user in users], within_s=15, until=lambda told: told == charged)
+    for user, told in zip(users, charged, strict=True):
+        assert {name: limit["used"] for name, limit in place.usage(user).items()} == told

@@ -45,7 +45,7 @@ _TALLY_PROMPT: Final[dict[Kind, Callable[[Any, ModelFamily, Tally], None]]] = {
 
 
 def _yield_to_others() -> None:
-    # Where cores are short, whoever waits for the loop comes first. Only on Linux do threads have priorities of their own.
+    # Where cores are short, whoever waits for the loop comes first. Only on Linux have threads priorities of their own.
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
