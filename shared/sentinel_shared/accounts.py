@@ -306,6 +306,10 @@ class Accounts:
             raise RedisOutcomeUnknown(f"only {replicas} of {self._replication.replicas} replicas have a settlement")
         return reply
 
+    async def reach(self) -> None:
+        """Raises RedisUnavailable unless all of Redis answers now."""
+        await self._lane.ping()
+
     async def extend(self, *, rid: str, external_id: str, output_tokens_seen: int) -> bool:
         """Renew a long request's lease; False when its reservation is gone."""
         leases = keys.leases(keys.shard_of(external_id))

@@ -23,46 +23,47 @@ class Replication:
         self.replicas = replicas
         """How many must have it; 0: none, and nothing is asked."""
         self._lane = lane
-        self._open: set[str] = set()
-        self._next: dict[str, asyncio.Future[int]] = {}
+        self._open: set[object] = set()
+        self._next: dict[object, asyncio.Future[int]] = {}
 
     async def of(self, shard: int, writing: asyncio.Future[Reply]) -> tuple[Reply, int]:
-        """The reply to a write to a shard that has just been sent, and how many replicas have it after 0.5 to 1 s.
+        """The reply to a write to a shard that has just been sent, and how many replicas have it 0.5 to 1 s later.
 
-        Raises as the lane does.
+        0 also where that cannot be told. Raises as the lane does, about the write alone.
         """
         if not self.replicas:
             return await writing, 0
-        reply, replicas = await asyncio.gather(writing, self._answer(shard))
-        return reply, replicas
+        key = keys.replication(shard)
+        link = self._lane.link_to(key)
+        reply = await writing
+        return reply, await asyncio.shield(self._answer(link, key))
 
-    def _answer(self, shard: int) -> asyncio.Future[int]:
-        node = self._lane.node_of(keys.replication(shard))
-        answer = self._next.get(node)
+    def _answer(self, link: object, key: str) -> asyncio.Future[int]:
+        answer = self._next.get(link)
         if answer is None:
             loop = asyncio.get_running_loop()
-            answer = self._next[node] = loop.create_future()
-            if node not in self._open:
-                self._open.add(node)
-                loop.call_soon(self._ask, node, shard)
+            answer = self._next[link] = loop.create_future()
+            if link not in self._open:
+                self._open.add(link)
+                loop.call_soon(self._ask, link, key)
         return answer
 
-    def _ask(self, node: str, shard: int) -> None:
-        answer = self._next.pop(node)
-        key = keys.replication(shard)
+    def _ask(self, link: object, key: str) -> None:
+        answer = self._next.pop(link)
 
         def answered(waiting: asyncio.Future[Reply]) -> None:
-            error = asyncio.CancelledError() if waiting.cancelled() else waiting.exception()
-            if not answer.done():
-                if error is None:
-                    answer.set_result(cast("int", waiting.result()))
-                else:
-                    answer.set_exception(error)
-            if node in self._next:
-                self._ask(node, shard)
+            known = not waiting.cancelled() and waiting.exception() is None
+            answer.set_result(cast("int", waiting.result()) if known else 0)
+            if link in self._next:
+                self._ask(link, key)
             else:
-                self._open.discard(node)
+                self._open.discard(link)
 
+        if self._lane.link_to(key) is not link:
+            # Another connection may be one to another master, which knows nothing of what the old one was told.
+            self._open.discard(link)
+            answer.set_result(0)
+            return
         # WAIT speaks of what its own connection has written: a write right before it stands for all before that.
         marking = self._lane.submit(key, "SET", key, 1, "EX", keys.REPLICATION_TTL_S)
         marking.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
 
 import httpx
 import pytest
+import redis
 
 from sentinel_shared import keys
 from tests.support.system import System, chat_body, eventually
@@ -53,30 +55,42 @@ def owed(place):
     )
 
 
-def increments(place):
-    calls = place.zion.get("/admin/calls").json()
-    return sum(calls.get(route, {}).get("count", 0) for route in ("batch", "increment"))
+def kept(place):
+    """Keys and bytes in Redis, but for the marker and the audit event that each request leaves for a while anyhow."""
+    passing = re.compile(rb"sentinel:\{s\d+}:(settled:|audit$)")
+    with redis.Redis.from_url(place.redis.url) as store:
+        stay = [key for key in store.scan_iter("sentinel:{*", count=1_000) if not passing.match(key)]
+        return len(stay), sum(store.memory_usage(key, samples=0) or 0 for key in stay)
+
+
+def calls(place):
+    """How often Zion was asked anything."""
+    return sum(route["count"] for route in place.zion.get("/admin/calls").json().values())
 
 
 def zion_is_away_and_comes_back(place, *, seconds):
     users = [place.add_user() for _ in range(USERS)]
     assert set(load(place, users, seconds=1)) == {200}
     eventually(lambda: owed(place) == (0, 0), within_s=10)
-    before = increments(place)
+    before, (keys_before, bytes_before) = calls(place), kept(place)
     place.zion.post("/admin/faults", [{"kind": "refuse", "route": "*"}])
     statuses = load(place, users, seconds=seconds)
     assert set(statuses) == {200}, "cached users are served, whoever is away"
     queued, batches = owed(place)
     assert queued <= USERS
     assert batches <= keys.SHARDS, "what is frozen stays as it is, the rest coalesces where it is"
+    keys_after, bytes_after = kept(place)
+    assert keys_after - keys_before <= 3 * keys.SHARDS, "queues, batches and their index"
+    assert bytes_after - bytes_before <= 2_000 * (USERS + keys.SHARDS), "by user and shard, however many requests"
     httpx.delete(place.zion.url + "/admin/faults", timeout=5).raise_for_status()
     began_s = time.monotonic()
     eventually(lambda: owed(place) == (0, 0), within_s=10)
     drained_s = time.monotonic() - began_s
     eventually(lambda: all(place.booked(user) == place.charged(user) for user in users), within_s=5)
-    asked = increments(place) - before
+    asked = calls(place) - before
     print(
         f"{statuses[200]} requests in {seconds} s without Zion: {queued} users and {batches} batches waited, "
+        f"{bytes_after - bytes_before:+} bytes and {keys_after - keys_before:+} keys in Redis; "
         f"told within {drained_s:.1f} s of its return, in {asked} calls all in all"
     )
     assert asked <= max(statuses[200] / 50, 2 * keys.SHARDS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
@@ -12,6 +13,7 @@ import msgspec
 
 from sentinel_shared.accounts import Settlement, SettleOutcome
 from sentinel_shared.errors import RedisFull, RedisOutcomeUnknown, RedisRefused, RedisUnavailable
+from sentinel_shared.logging import StormGuard
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -82,6 +84,7 @@ class Meter:
         self._renew_s = lease_s / 3
         self._clock = clock
         self._metrics = metrics
+        self._storm = StormGuard(_log, clock.monotonic_s)
         self._running: dict[str, Running] = {}
         self._settling: set[asyncio.Future[Reply]] = set()
         self._counting: set[asyncio.Task[None]] = set()
@@ -158,11 +161,17 @@ class Meter:
 
     def _end(self, settlement: Settlement) -> None:
         self._running.pop(settlement.rid, None)
+        self._send(settlement, None)
+
+    def _send(self, settlement: Settlement, attempted_s: float | None) -> None:
+        now_s = self._clock.unix_s()
+        if attempted_s is not None:
+            settlement = replace(settlement, attempt_age_ms=max(0, int((now_s - attempted_s) * 1000)))
         sent = self._accounts.send_settlement(settlement)
         self._settling.add(sent)
-        sent.add_done_callback(partial(self._ended, settlement, self._clock.unix_s()))
+        sent.add_done_callback(partial(self._ended, settlement, attempted_s, now_s))
 
-    def _ended(self, settlement: Settlement, attempted_s: float, sent: asyncio.Future[Reply]) -> None:
+    def _ended(self, settlement: Settlement, before_s: float | None, now_s: float, sent: asyncio.Future[Reply]) -> None:
         self._settling.discard(sent)
         error = asyncio.CancelledError() if sent.cancelled() else sent.exception()
         if error is None:
@@ -172,19 +181,18 @@ class Meter:
             else:
                 self._metrics.event(_OUTCOMES[SettleOutcome(cast("int", outcome))]).inc()
         elif isinstance(error, RedisUnavailable) and not isinstance(error, RedisOutcomeUnknown):
-            self._keep(settlement, None)
+            self._keep(settlement, before_s)
         else:
             if not isinstance(error, RedisOutcomeUnknown):
-                _log.error("Redis refused a settlement, it is kept on disk: %s", error)
-            self._keep(settlement, attempted_s)
+                self._storm.log_once_per_s(logging.ERROR, "refused", f"Redis refused a settlement, it is kept: {error}")
+            self._keep(settlement, now_s if before_s is None else before_s)
 
     def _keep(self, settlement: Settlement, attempted_s: float | None) -> None:
         try:
             self._spool.put(settlement, attempted_s=attempted_s)
             self._metrics.event("spooled").inc()
         except OSError as error:
-            if not self._memory.settlements:
-                _log.error("the spool cannot be written, settlements are kept in memory: %s", error)
+            self._storm.log_once_per_s(logging.ERROR, "disk", f"settlements are kept in memory, not on disk: {error}")
             self._memory.settlements.append((settlement, attempted_s))
             self._metrics.event("kept_in_memory").inc()
         self._metrics.spool_waiting.set(self._spool.waiting + len(self._memory.settlements))
@@ -214,23 +222,29 @@ class Meter:
                 _log.warning("a lease could not be renewed: %s", result)
 
     async def replay(self) -> None:
-        """Settle what waits on disk, this process's and that of dead ones; what fails stays."""
+        """Settle what waits, this process's and what dead ones left on disk; what fails stays."""
         memory, self._memory.settlements = self._memory.settlements, []
         for settlement, attempted_s in memory:
-            self._keep(settlement, attempted_s)
-        if self._spool.waiting:
-            await asyncio.to_thread(self._spool.sync)
+            self._send(settlement, attempted_s)
         try:
-            replayed = await self._spool.replay(self._accounts.settle, now_s=self._clock.unix_s())
-        except (RedisUnavailable, RedisRefused, RedisFull):
-            return
+            await self._spool.sync()
         except OSError as error:
-            _log.warning("the spool cannot be read: %s", error)
+            self._storm.log_once_per_s(logging.ERROR, "disk", f"the spool may not outlive this machine: {error}")
+        try:
+            settle, reach = self._accounts.settle, self._accounts.reach
+            replayed = await self._spool.replay(settle, reach, now_s=self._clock.unix_s())
+        except (RedisUnavailable, RedisFull):
             return
-        if replayed:
-            self._metrics.event("replayed").inc(replayed)
-            self._metrics.spool_waiting.set(self._spool.waiting)
-            _log.info("replayed %d settlements that had waited on disk", replayed)
+        except RedisRefused as error:
+            self._storm.log_once_per_s(logging.ERROR, "refused", f"settlements wait on disk, Redis refuses: {error}")
+        except OSError as error:
+            self._storm.log_once_per_s(logging.ERROR, "disk", f"settlements wait, the spool cannot be read: {error}")
+        else:
+            if replayed:
+                self._metrics.event("replayed").inc(replayed)
+                _log.info("replayed %d settlements that had waited on disk", replayed)
+        finally:
+            self._metrics.spool_waiting.set(self._spool.waiting + len(self._memory.settlements))
 
     async def close(self, *, timeout_s: float) -> None:
         """Wait for settlements under way; what does not get through goes to disk."""
@@ -238,5 +252,7 @@ class Meter:
             await asyncio.wait(self._counting, timeout=timeout_s)
         if self._settling:
             await asyncio.wait(self._settling, timeout=timeout_s)
-        await self.replay()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.replay()
         self._spool.close()

@@ -139,9 +139,9 @@ class RedisLane:
         """The masters' addresses."""
         return [node.name for node in self._topology.nodes()]
 
-    def node_of(self, key: bytes | str) -> str:
-        """The address of the master that serves `key`, as far as is known."""
-        return self._node_for(key).name
+    def link_to(self, key: bytes | str) -> object:
+        """The connection by which commands for `key` go now; once it was replaced, another object."""
+        return self._node_for(key).connection
 
     @property
     def connected(self) -> bool:
