@@ -11,13 +11,16 @@ PYTHONS := $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.13 python3 p
 # SECONDS and SEED are for `make chaos`; a run prints its seed, so that a failing one can be replayed.
 SECONDS := 60
 SEED :=
+MINUTES := 10
 # off: a Zion that does not honour Idempotency-Key; what it has twice is reported, and held to its bound.
 IDEMPOTENCY := on
+# on: Redis has a replica, which fails too, and settlements count once it has them.
+REPLICA := off
 
 # Another active environment, or a person's own pip settings, must not decide what .venv holds.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER
 
-.PHONY: help setup dev test lint format lock bench soak chaos profile clean
+.PHONY: help setup dev test lint format lock bench soak chaos memory profile clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,8 +54,12 @@ profile: setup ## where the time of a request goes
 soak: setup ## the property tests, for much longer
 	$(BIN)/pytest -n auto -m soak -o faulthandler_timeout=0 tests
 
-chaos: setup ## kill, stop and cut under load, then compare the books; SECONDS=60 SEED=... IDEMPOTENCY=on
-	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) --idempotency $(IDEMPOTENCY)
+chaos: setup ## kill, stop and cut under load, then compare the books; SECONDS=60 SEED=... IDEMPOTENCY=on REPLICA=off
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) --idempotency $(IDEMPOTENCY) \
+		--replica $(REPLICA)
+
+memory: setup ## what each process holds under steady load, and whether it grows; MINUTES=10
+	$(BIN)/python -m tests.chaos.memory --minutes $(MINUTES)
 
 clean: ## removes .venv and what the tools left
 	rm -rf $(VENV) .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

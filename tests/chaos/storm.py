@@ -6,6 +6,7 @@ Afterwards the books are compared request by request: the gateway's record, Sent
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ import msgspec
 import redis
 
 from sentinel_shared import keys
+from tests.support.redis_server import RedisServer
 from tests.support.system import LIMITS, Server, System, User, eventually
 
 if TYPE_CHECKING:
@@ -93,10 +95,14 @@ class Report:
 class Storm:
     """One run. `run` returns the report; the same seed throws the same dice."""
 
-    def __init__(self, system: System, *, seed: int, idempotent: bool) -> None:
+    def __init__(self, system: System, *, seed: int, idempotent: bool, replica: RedisServer | None) -> None:
         self._system = system
         self._idempotent = idempotent
-        self._environ = ENVIRON if idempotent else {**ENVIRON, "ZION_IDEMPOTENCY": "off"}
+        self._replica = replica
+        self._environ = ENVIRON | {
+            "ZION_IDEMPOTENCY": "on" if idempotent else "off",
+            "REDIS_WAIT_REPLICAS": "1" if replica else "0",
+        }
         self._random = random.Random(seed)
         self._services: list[Server] = []
         self._users: list[User] = []
@@ -176,6 +182,7 @@ class Storm:
             (self._kill_redis, 1),
             (self._pause_redis, 1),
             (self._zion_fault, 4),
+            (self._break_replica, 3 if self._replica else 0),
         )
         (action,) = self._random.choices([a for a, _ in actions], [weight for _, weight in actions])
         self.report.faults[action.__name__.strip("_")] += 1
@@ -215,6 +222,15 @@ class Storm:
         self._system.redis.pause()
         time.sleep(self._random.uniform(0.2, 1.5))
         self._system.redis.resume()
+
+    def _break_replica(self) -> None:
+        assert self._replica is not None
+        if self._random.random() < 0.5:
+            self._replica.restart()
+        else:
+            self._replica.pause()
+            time.sleep(self._random.uniform(0.2, 3.0))
+            self._replica.resume()
 
     def _zion_fault(self) -> None:
         fault = dict(self._random.choice(ZION_FAULTS))
@@ -327,7 +343,16 @@ class Storm:
         ]
 
 
-async def storm(folder: Path, *, seed: int, seconds: float, idempotent: bool = True) -> Report:
-    """A whole run in a folder of its own, which keeps the logs; with a Zion that honours keys, or one that does not."""
-    with System(folder) as system:
-        return await Storm(system, seed=seed, idempotent=idempotent).run(seconds=seconds)
+async def storm(
+    folder: Path, *, seed: int, seconds: float, idempotent: bool = True, with_replica: bool = False
+) -> Report:
+    """A whole run in a folder of its own, which keeps the logs; with a Zion that honours keys, or one that does not.
+
+    With a replica settlements count once it has them; it is stopped and killed, too.
+    """
+    with System(folder) as system, contextlib.ExitStack() as stack:
+        replica = None
+        if with_replica:
+            replica = RedisServer(folder / "replica", replicaof=f"127.0.0.1 {system.redis.port}")
+            stack.enter_context(replica)
+        return await Storm(system, seed=seed, idempotent=idempotent, replica=replica).run(seconds=seconds)
