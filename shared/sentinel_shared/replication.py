@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final, cast
 from sentinel_shared import keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sentinel_shared.redis_lane import RedisLane, Reply
 
 _WAIT_MS: Final = 500
@@ -26,16 +28,21 @@ class Replication:
         self._open: set[object] = set()
         self._next: dict[object, asyncio.Future[int]] = {}
 
-    async def of(self, shard: int, writing: asyncio.Future[Reply]) -> tuple[Reply, int]:
+    async def of(
+        self, shard: int, writing: asyncio.Future[Reply], *, wrote: Callable[[Reply], bool] = lambda _: True
+    ) -> tuple[Reply, int]:
         """The reply to a write to a shard that has just been sent, and how many replicas have it 0.5 to 1 s later.
 
-        0 also where that cannot be told. Raises as the lane does, about the write alone.
+        0 also where that cannot be told, and where by `wrote` of the reply there is nothing to ask about. Raises as the
+        lane does, about the write alone.
         """
         if not self.replicas:
             return await writing, 0
         key = keys.replication(shard)
         link = self._lane.link_to(key)
         reply = await writing
+        if not wrote(reply):
+            return reply, 0
         return reply, await asyncio.shield(self._answer(link, key))
 
     def _answer(self, link: object, key: str) -> asyncio.Future[int]:

@@ -6,6 +6,7 @@ whoever leases it next sends the same bytes under the same id. Errors as in `acc
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, cast
 
@@ -18,7 +19,6 @@ from sentinel_shared.replication import Replication
 from sentinel_shared.scripts import load
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Sequence
 
     from sentinel_shared.redis_lane import RedisLane, Reply, Script
@@ -156,7 +156,7 @@ class UsageQueue:
 
     async def _replicated(self, shard: int, writing: asyncio.Future[Reply]) -> Reply:
         """The reply to a write, once enough replicas have it: a fail-over must not forget what Zion is sent next."""
-        reply, replicas = await self._replication.of(shard, writing)
+        reply, replicas = await self._replication.of(shard, writing, wrote=bool)
         if reply and replicas < self._replication.replicas:
             raise RedisUnavailable(f"only {replicas} of {self._replication.replicas} replicas have the batch")
         return reply
@@ -238,6 +238,7 @@ class UsageQueue:
                 keys.REAPED_TTL_S,
                 at_most,
                 keys.AUDIT_EVENTS_PER_SHARD,
+                keys.settled_prefix(shard),
             ),
         )
         return cast("int", reply)
@@ -260,7 +261,7 @@ class UsageQueue:
             submit(queue, "ZCARD", leases),
             submit(queue, "HMGET", tallies, "settled_tokens", "sent_tokens", "dropped_tokens"),
         )
-        users, oldest, open_batches, letters, running, tally = [await reply for reply in replies]
+        users, oldest, open_batches, letters, running, tally = await asyncio.gather(*replies)
         settled, sent, dropped = (int(text or 0) for text in cast("list[bytes | None]", tally))
         return Backlog(
             users=cast("int", users),

@@ -280,7 +280,7 @@ class Storm:
         charged = {event["rid"]: event for event in events if event["outcome"] == "charged"}
         reaped = {e["rid"]: e for e in events if e["outcome"] == "reaped" and e["rid"] not in charged}
         self.report.charged, self.report.reaped = len(charged), len(reaped)
-        by_request = Counter(event["request_id"] for event in charged.values())
+        by_request = Counter(event["request_id"] for event in events if event["outcome"] == "charged")
         problems += [f"{name} charged {times} times" for name, times in by_request.items() if times > 1]
         problems += self._against_the_gateway(list(charged.values()))
         problems += self._unbilled(by_request, reaped)

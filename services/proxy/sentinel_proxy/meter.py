@@ -166,7 +166,7 @@ class Meter:
     def _send(self, settlement: Settlement, attempted_s: float | None) -> None:
         now_s = self._clock.unix_s()
         if attempted_s is not None:
-            settlement = replace(settlement, attempt_age_ms=max(0, int((now_s - attempted_s) * 1000)))
+            settlement = replace(settlement, attempt_age_ms=max(1, int((now_s - attempted_s) * 1000)))
         sent = self._accounts.send_settlement(settlement)
         self._settling.add(sent)
         sent.add_done_callback(partial(self._ended, settlement, attempted_s, now_s))

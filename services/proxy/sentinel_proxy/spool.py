@@ -225,7 +225,7 @@ def _settlements(lines: Iterable[bytes], *, now_s: float) -> tuple[list[Settleme
         elif line.replayed_s is not None:
             waiting = [(s, line.replayed_s if at is None else min(at, line.replayed_s)) for s, at in waiting]
             marked = True
-    aged = [replace(s, attempt_age_ms=0 if at is None else max(0, int((now_s - at) * 1000))) for s, at in waiting]
+    aged = [replace(s, attempt_age_ms=0 if at is None else max(1, int((now_s - at) * 1000))) for s, at in waiting]
     return aged, marked
 
 

@@ -36,7 +36,7 @@ from sentinel_usage_worker.flush import SHARDS, Flusher
 from sentinel_usage_worker.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
     from sentinel_shared.clock import Clock
     from sentinel_usage_worker.settings import Settings
@@ -123,9 +123,16 @@ async def run(settings: Settings) -> int:
             await stopping.wait()
             health.draining = True
             await flusher.stop(within_s=settings.shutdown_grace_s)
-            for task in going:
-                task.cancel()
+            await _end(going)
     return 0
+
+
+async def _end(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancelled until they are over: arq loses a cancellation now and then, while Redis is being lost."""
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=_ARQ_CLOSE_WITHIN_S + 1)
 
 
 class Ticks:

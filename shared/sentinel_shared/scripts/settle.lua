@@ -14,11 +14,14 @@ local time = redis.call('TIME')
 local now_s = tonumber(time[1])
 local now_ms = now_s * 1000 + math.floor(time[2] / 1000)
 
-local promised, charged = {0, 0, 0}, {0, 0, 0}
+local promised, charged, due = {0, 0, 0}, {0, 0, 0}, costs
 local outcome, bucket, input, output, _ = 1
 if f[2] then
   _, bucket, input, _, output = struct.unpack('<dddddd', f[2])
   promised = {1, input, output}
+  if tonumber(ARGV[8]) > 0 and redis.call('EXISTS', KEYS[6]) == 1 then
+    due = {0, 0, 0} -- its admission, given up for lost, came after it was settled: only the promise is taken back
+  end
 else
   if redis.call('EXISTS', KEYS[6]) == 1 then
     return 0
@@ -59,10 +62,10 @@ for i = 1, 3 do
   end
   a[at + RESERVED] = math.max(0, a[at + RESERVED] - promised[i])
   if a[at + LIMIT] > -2 then -- Zion keeps no book for an absent limit
-    a[at + PENDING] = a[at + PENDING] + costs[i] - charged[i]
+    a[at + PENDING] = a[at + PENDING] + due[i] - charged[i]
     owed = owed or a[at + PENDING] > 0
     if i > 1 then
-      tokens_settled = tokens_settled + costs[i] - charged[i]
+      tokens_settled = tokens_settled + due[i] - charged[i]
     end
   end
 end
@@ -103,6 +106,9 @@ if owed then
   redis.call('ZADD', KEYS[3], 'LT', dirty_ms, ext)
 elseif idle then -- a refund: no ack will come to let the account expire
   rest(account, a, now_ms)
+end
+if due ~= costs then
+  return 0
 end
 if ARGV[6] ~= '' then
   redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[7], '*', 'event', ARGV[6])

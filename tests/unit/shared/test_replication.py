@@ -100,6 +100,12 @@ async def test_a_write_that_failed_is_not_asked_about():
     assert lane.asked == []
 
 
+async def test_where_nothing_was_written_nothing_is_asked():
+    lane = a_lane()
+    assert await Replication(lane, 1).of(3, answered(None), wrote=bool) == (None, 0)
+    assert lane.asked == []
+
+
 async def test_one_caller_who_gives_up_leaves_the_others_their_answer():
     lane = a_lane()
     replication = Replication(lane, 1)
