@@ -35,7 +35,7 @@ def test_an_image_has_nothing_to_build_or_install_with(images, service):
 
 def test_an_image_has_what_its_own_service_needs_and_not_what_others_do(images):
     packages = {service: set(said(images[service], "python", "-c", LISTED).split()) for service in SERVICES}
-    proxys = {"tiktoken", "pyreqwest", "opentelemetry-sdk"}
+    proxys = {"tiktoken", "aiohappyeyeballs", "opentelemetry-sdk"}
     assert proxys <= packages["proxy"]
     assert "arq" not in packages["proxy"]
     assert "arq" in packages["usage-worker"]

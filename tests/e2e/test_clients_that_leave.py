@@ -154,12 +154,15 @@ def churn(place, proxy, user, *, clients, seed):
 @pytest.mark.parametrize("drains", [True, False])
 def test_1_000_that_leave_at_random_cost_no_place_in_the_pool_and_are_all_billed(place, patient, brisk, drains):
     user = place.add_user()
-    churn(place, (patient, brisk)[not drains], user, clients=1_000, seed=6)
-    # What is generated for those who are not waited for is known to the gateway alone.
-    billed = LIMITS if drains else LIMITS[:2]
+    proxy = (patient, brisk)[not drains]
+    churn(place, proxy, user, clients=1_000, seed=6)
 
-    def zion_is_told_what_the_gateway_charged():
+    def zion_is_told_what_was_used():
         told, charged = place.booked(user), place.charged(user)
-        return charged["ai_requests"] > 500 and all(told[name] == charged[name] for name in billed)
+        if drains:
+            return charged["ai_requests"] > 500 and told == charged
+        # A call that nobody waits for is cancelled. This gateway forgives it; another may not, so its prompt is billed.
+        at_least = all(told[name] >= charged[name] for name in LIMITS[:2])
+        return charged["ai_requests"] > 300 and at_least and told == used(place, user, proxy)
 
-    eventually(zion_is_told_what_the_gateway_charged, within_s=15)
+    eventually(zion_is_told_what_was_used, within_s=15)

@@ -123,7 +123,7 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
             max_connections=settings.upstream_max_connections,
             ca_file=settings.upstream_ca_file,
         )
-        stack.push_async_callback(upstream.close)
+        stack.callback(upstream.close)
         freshness = Freshness.of(cache_ttl_s=settings.cache_ttl_s, max_stale_s=settings.limits_max_stale_s)
         settling = accounts
         if settings.redis_wait_replicas:

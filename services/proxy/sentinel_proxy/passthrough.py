@@ -55,7 +55,7 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
                 exchange.method,
                 path,
                 exchange.headers,
-                None if bodyless else _read_and_watched(exchange, abandonment, max_bytes=max_bytes),
+                b"" if bodyless else _read_and_watched(exchange, abandonment, max_bytes=max_bytes),
                 request_id=exchange.request_id,
             ) as stream:
                 await _deliver(tools, exchange, stream, running, admission.headers, abandonment=abandonment)

@@ -26,16 +26,15 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AnyValue
 
-from sentinel_proxy.upstream import Answer, RawHeaders, Stream, Upstream, UpstreamError, UpstreamTimeout
+from sentinel_proxy.upstream import Answer, Call, RawHeaders, Stream, Upstream, UpstreamError, UpstreamTimeout
 from sentinel_shared.logging import StormGuard
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Awaitable, Callable
 
-    from pyreqwest.request import StreamRequest
-
     from sentinel_proxy.exchange import Receive, Scope, Send
     from sentinel_proxy.settings import Settings
+    from sentinel_proxy.upstream.pool import Pool
     from sentinel_shared.clock import Clock
 
     App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -91,7 +90,7 @@ class TracedUpstream(Upstream):
         method: str,
         path: str,
         headers: RawHeaders,
-        body: bytes | AsyncIterable[bytes] | None,
+        body: bytes | AsyncIterable[bytes],
         *,
         request_id: str,
     ) -> Stream:
@@ -100,8 +99,8 @@ class TracedUpstream(Upstream):
         if trace is None:
             return super().stream(method, path, headers, body, request_id=request_id)
         span, headers = self._begin(trace, method, path, headers)
-        request = self._streamed(method, path, headers, body, request_id=request_id)
-        return _TracedStream(request, span, trace.span)
+        call = self._call(method, path, headers, body, request_id=request_id)
+        return _TracedStream(self._pool, call, span, trace.span)
 
     def _begin(self, trace: _Trace, method: str, path: str, headers: RawHeaders) -> tuple[Span, RawHeaders]:
         method = _method(method)
@@ -122,8 +121,8 @@ class TracedUpstream(Upstream):
 class _TracedStream(Stream):
     __slots__ = ("_above", "_span")
 
-    def __init__(self, request: StreamRequest, span: Span, above: Span) -> None:
-        super().__init__(request)
+    def __init__(self, pool: Pool, call: Call, span: Span, above: Span) -> None:
+        super().__init__(pool, call)
         self._span = span
         self._above = above
 

@@ -12,6 +12,7 @@ import pytest
 
 from sentinel_proxy.upstream import Upstream, UpstreamUnreachable
 
+IN_CHUNKS = [(b"transfer-encoding", b"chunked")]
 EVENTS = [b'data: {"n":%d}\n\n' % number for number in range(3)]
 
 
@@ -32,7 +33,7 @@ async def upstream_that(answers, **options):
     try:
         yield upstream
     finally:
-        await upstream.close()
+        upstream.close()
         server.close()
 
 
@@ -87,7 +88,7 @@ async def test_a_body_that_breaks_off_is_no_whole_one_to_the_upstream():
 
     async with upstream_that(reads) as upstream:
         with pytest.raises(ConnectionResetError):
-            async with upstream.stream("POST", "/files", [], breaks(), request_id="r"):
+            async with upstream.stream("POST", "/files", IN_CHUNKS, breaks(), request_id="r"):
                 pass
         sent = await asyncio.wait_for(came, 5)
     assert b"\r\nhalf\r\n" in sent
