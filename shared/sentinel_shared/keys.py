@@ -7,6 +7,7 @@ All of a user's keys carry the hash tag of the user's shard, so that every scrip
 from __future__ import annotations
 
 from binascii import crc32
+from functools import lru_cache
 from typing import Final
 
 SHARDS: Final = 16
@@ -27,11 +28,13 @@ AUDIT_EVENTS_PER_SHARD: Final = 10_000
 REPLICATION_TTL_S: Final = 60
 
 
+@lru_cache(maxsize=8_192)
 def shard_of(external_id: str) -> int:
     """The shard of a user, 0 to 15."""
     return crc32(external_id.encode()) % SHARDS
 
 
+@lru_cache(maxsize=SHARDS)
 def shard_prefix(shard: int) -> str:
     """What every key of a shard begins with."""
     return f"sentinel:{{s{shard:02d}}}:"
@@ -42,6 +45,7 @@ def account_prefix(shard: int) -> str:
     return shard_prefix(shard) + "account:"
 
 
+@lru_cache(maxsize=8_192)
 def account(external_id: str) -> str:
     """Hash, the account. Expires when idle with nothing owed; never while anything is pending, reserved or dead."""
     return account_prefix(shard_of(external_id)) + external_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime, timedelta, timezone
+from functools import lru_cache
 from typing import Final
 
 from sentinel_shared.contracts import ResetPeriod
@@ -27,7 +28,12 @@ def parse_rfc3339(text: str) -> float:
 
 def format_rfc3339(unix_s: float) -> str:
     """The instant in UTC, to the millisecond: `2026-02-28T23:59:59.999Z`."""
-    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{_to_the_second(math.floor(unix_s))}.{math.floor(unix_s % 1 * 1000):03d}Z"
+
+
+@lru_cache(maxsize=8)
+def _to_the_second(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def parse_period_start_s(text: str) -> int:

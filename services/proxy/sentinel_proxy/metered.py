@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
-from sentinel_proxy.relaying import Outlet, of_a_stream, relay_stream, watching
+from sentinel_proxy.relaying import Abandonment, Outlet, of_a_stream, relay_stream
 from sentinel_proxy.settings import QuotaMode
 from sentinel_proxy.sse import SseRelay, find_usage
 from sentinel_proxy.tokens import lookup
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from sentinel_proxy.toolbox import Toolbox
     from sentinel_proxy.upstream import Stream
 
-_COUNT_EVERY: Final = 16
-"""However much a caller has left, every so many prompts are counted exactly, so that the estimate stays calibrated."""
 _TOKENS_MAX: Final = 2**53
 """What the ledger counts exactly."""
 
@@ -127,8 +125,7 @@ async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: 
 async def _admit(tools: Toolbox, asked: _Asked) -> _Job:
     model, external_id = asked.request.model, asked.served.external_id
     family = lookup(model)
-    exactly = next(tools.turns) % _COUNT_EVERY == 0
-    spare_tokens = 0 if exactly else tools.limiter.spare_input_tokens(external_id)
+    spare_tokens = 0 if tools.samples.take(len(asked.raw)) else tools.limiter.spare_input_tokens(external_id)
     counting = tools.counter.input_tokens(
         asked.endpoint.kind, asked.request, model, body_bytes=len(asked.raw), spare_tokens=spare_tokens
     )
@@ -179,7 +176,8 @@ def _cap_tokens(tools: Toolbox, job: _Job) -> int | None:
 async def _forward(tools: Toolbox, job: _Job, exchange: Exchange) -> None:
     body, headers = _prepared(tools, job)
     sent_s = time.perf_counter()
-    with watching(exchange, tools.settings.disconnect_drain_s):
+    with Abandonment(exchange, tools.settings.disconnect_drain_s) as abandonment:
+        abandonment.watch()
         answer = await tools.upstream.send(
             "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id
         )
@@ -208,7 +206,8 @@ async def _deliver(
 async def _forward_stream(tools: Toolbox, job: _Job, exchange: Exchange) -> None:
     body, headers = _prepared(tools, job)
     sent_s = time.perf_counter()
-    with watching(exchange, tools.settings.disconnect_drain_s) as abandonment:
+    with Abandonment(exchange, tools.settings.disconnect_drain_s) as abandonment:
+        abandonment.watch()
         try:
             async with tools.upstream.stream(
                 "POST", _path(job, exchange), exchange.headers, body, request_id=exchange.request_id

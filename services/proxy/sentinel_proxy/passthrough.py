@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from sentinel_proxy.errors import method_not_allowed, unknown_url
 from sentinel_proxy.exchange import ClientGone
-from sentinel_proxy.relaying import of_a_stream, watching
+from sentinel_proxy.relaying import Abandonment, of_a_stream
 from sentinel_proxy.sse import USAGE_TAIL_BYTES, SseRelay, Usage, find_usage, find_usage_in_tail
 from sentinel_proxy.toolbox import ACCOUNT_STATUSES, account_refused, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from sentinel_proxy.exchange import Exchange, Served
     from sentinel_proxy.meter import Running
-    from sentinel_proxy.relaying import Abandonment
     from sentinel_proxy.tokens import Kind
     from sentinel_proxy.toolbox import Toolbox
     from sentinel_proxy.upstream import Stream
@@ -50,7 +49,9 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
         path += "?" + exchange.query.decode("latin-1")
     bodyless = exchange.method in _BODYLESS
     try:
-        with watching(exchange, tools.settings.disconnect_drain_s, at_once=bodyless) as abandonment:
+        with Abandonment(exchange, tools.settings.disconnect_drain_s) as abandonment:
+            if bodyless:
+                abandonment.watch()
             async with tools.upstream.stream(
                 exchange.method,
                 path,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from sentinel_proxy.errors import ApiError, LimitDetails, over_limit
 from sentinel_shared.accounts import Binding, Decision, WindowPolicy
@@ -21,15 +22,8 @@ _TOKENS: Final = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", 
 _REMAINING: Final = itemgetter(4)
 
 
-class _Gauge(NamedTuple):
-    """One limit that is on: `reset_s` in Unix seconds, 0 if it never resets."""
-
-    name: str
-    limit: int
-    used: int
-    reserved: int
-    remaining: int
-    reset_s: int
+_Gauge: TypeAlias = tuple[str, int, int, int, int, int]
+"""One limit that is on: name, limit, used, reserved, remaining, when it resets in Unix seconds (0: never)."""
 
 
 def limit_headers(decision: Decision, window: WindowPolicy) -> Headers:
@@ -39,35 +33,37 @@ def limit_headers(decision: Decision, window: WindowPolicy) -> Headers:
     gauges = requests + tokens
     if not gauges:
         return headers
-    binding = _bound_by(decision.binding, gauges) if decision.binding else _first_to_bind(gauges)
-    headers += (
-        (b"x-ratelimit-limit", b"%d" % binding.limit),
-        (b"x-ratelimit-remaining", b"%d" % binding.remaining),
-        (b"x-ratelimit-resource", binding.name.encode()),
+    name, limit, _, _, remaining, reset_s = (
+        _first_to_bind(gauges) if decision.admitted else _bound_by(decision.binding, gauges)
     )
-    if binding.reset_s:
-        headers.append((b"x-ratelimit-reset", b"%d" % binding.reset_s))
+    headers += (
+        (b"x-ratelimit-limit", b"%d" % limit),
+        (b"x-ratelimit-remaining", b"%d" % remaining),
+        (b"x-ratelimit-resource", name.encode()),
+    )
+    if reset_s:
+        headers.append((b"x-ratelimit-reset", b"%d" % reset_s))
     now_s = decision.now_ms / 1000
     if requests:
-        _add_openai(headers, _REQUESTS, _tightest(requests), now_s)
+        _add_openai(headers, _REQUESTS, requests, now_s)
     if tokens:
-        _add_openai(headers, _TOKENS, _tightest(tokens), now_s)
+        _add_openai(headers, _TOKENS, tokens, now_s)
     return headers
 
 
 def denial(decision: Decision, window: WindowPolicy) -> ApiError:
     """The 429: `insufficient_quota` for a subscription's limit that is used up, else `rate_limit_exceeded`."""
     requests, tokens = _gauges(decision, window)
-    gauge = _bound_by(decision.binding, requests + tokens)
+    name, limit, used, reserved, remaining, reset_s = _bound_by(decision.binding, requests + tokens)
     wait_ms = decision.wait_ms
     return over_limit(
         LimitDetails(
-            limit_name=gauge.name,
-            limit=gauge.limit,
-            used=gauge.used,
-            reserved=gauge.reserved,
-            remaining=gauge.remaining,
-            reset_at=gauge.reset_s or None,
+            limit_name=name,
+            limit=limit,
+            used=used,
+            reserved=reserved,
+            remaining=remaining,
+            reset_at=reset_s or None,
         ),
         code="insufficient_quota" if decision.binding <= Binding.OUTPUT_TOKENS else "rate_limit_exceeded",
         retry_after_s=None if wait_ms < 0 else wait_ms / 1000,
@@ -87,38 +83,42 @@ def _gauges(decision: Decision, window: WindowPolicy) -> tuple[list[_Gauge], lis
     """Those of requests, those of tokens."""
     requests: list[_Gauge] = []
     tokens: list[_Gauge] = []
+    gauges = requests
     for index, name in enumerate(LIMIT_NAMES):
         limit, used, reserved, end_s = decision.limit(index)
         if limit >= 0:
-            gauge = _Gauge(name, limit, used, reserved, max(0, limit - used - reserved), end_s)
-            (tokens if index else requests).append(gauge)
-    wait_ms = decision.wait_ms if decision.binding in _WINDOWS else window.window_ms
+            gauges.append((name, limit, used, reserved, max(0, limit - used - reserved), end_s))
+        gauges = tokens
+    wait_ms = window.window_ms if decision.admitted or decision.binding not in _WINDOWS else decision.wait_ms
     reset_s = -(-(decision.now_ms + wait_ms) // 1000)
-    for limit, used, window_name, gauges in (
-        (window.requests, decision.window_requests, _WINDOW_REQUESTS, requests),
-        (window.tokens, decision.window_tokens, _WINDOW_TOKENS, tokens),
-    ):
-        if limit:
-            gauges.append(_Gauge(window_name, limit, used, 0, max(0, limit - used), reset_s))
+    if window.requests:
+        used = decision.window_requests
+        requests.append((_WINDOW_REQUESTS, window.requests, used, 0, max(0, window.requests - used), reset_s))
+    if window.tokens:
+        used = decision.window_tokens
+        tokens.append((_WINDOW_TOKENS, window.tokens, used, 0, max(0, window.tokens - used), reset_s))
     return requests, tokens
 
 
 def _bound_by(binding: Binding, gauges: list[_Gauge]) -> _Gauge:
     """The script that denies names a limit that is on."""
     name = binding_name(binding)
-    return next(gauge for gauge in gauges if gauge.name == name)
+    return next(gauge for gauge in gauges if gauge[0] == name)
 
 
 def _first_to_bind(gauges: list[_Gauge]) -> _Gauge:
-    return min(gauges, key=lambda gauge: gauge.remaining / gauge.limit if gauge.limit else 0.0)
+    first, least = gauges[0], math.inf
+    for gauge in gauges:
+        share = gauge[4] / gauge[1] if gauge[1] else 0.0
+        if share < least:
+            first, least = gauge, share
+    return first
 
 
-def _tightest(gauges: list[_Gauge]) -> _Gauge:
-    return min(gauges, key=_REMAINING) if len(gauges) > 1 else gauges[0]
-
-
-def _add_openai(headers: Headers, names: tuple[bytes, bytes, bytes], gauge: _Gauge, now_s: float) -> None:
-    headers.append((names[0], b"%d" % gauge.limit))
-    headers.append((names[1], b"%d" % gauge.remaining))
-    if gauge.reset_s:
-        headers.append((names[2], format_openai_duration(gauge.reset_s - now_s).encode()))
+def _add_openai(headers: Headers, names: tuple[bytes, bytes, bytes], gauges: list[_Gauge], now_s: float) -> None:
+    """The tightest of them."""
+    _, limit, _, _, remaining, reset_s = min(gauges, key=_REMAINING) if len(gauges) > 1 else gauges[0]
+    headers.append((names[0], b"%d" % limit))
+    headers.append((names[1], b"%d" % remaining))
+    if reset_s:
+        headers.append((names[2], format_openai_duration(reset_s - now_s).encode()))

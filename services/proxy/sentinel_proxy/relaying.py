@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from sentinel_proxy.errors import render_event
 from sentinel_proxy.exchange import ClientGone
@@ -13,8 +12,6 @@ from sentinel_proxy.toolbox import as_answer
 from sentinel_proxy.upstream import UpstreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sentinel_proxy.exchange import Exchange, Headers
     from sentinel_proxy.meter import Running
     from sentinel_proxy.sse import SseRelay
@@ -98,27 +95,13 @@ class Outlet:
         return render_event(answer, named=self.running.endpoint == "/responses")
 
 
-@contextmanager
-def watching(exchange: Exchange, drain_s: float, *, at_once: bool = True) -> Iterator[Abandonment]:
-    """Within it the client's leaving is noticed: `at_once`, or from `watch` on; its request must have been read.
-
-    What is awaited when it leaves goes on for `drain_s`, and then ends with ClientGone.
-    """
-    abandonment = Abandonment(exchange, drain_s)
-    if at_once:
-        abandonment.watch()
-    try:
-        yield abandonment
-    except asyncio.CancelledError:
-        if not abandonment.take_back_cancellation():
-            raise
-        raise ClientGone from None
-    finally:
-        abandonment.end()
-
-
 class Abandonment:
-    """The client has left: its answer is read on for its usage, up to a bound of time and bytes. 0 s: not at all."""
+    """Within it the client's leaving is noticed, from `watch` on. Its answer is read on then, for its usage.
+
+    What is awaited when it leaves goes on for `drain_s` (0: not at all), and then ends with ClientGone.
+    """
+
+    __slots__ = ("_drain_s", "_exchange", "_most_bytes", "_task", "_timer", "begun", "given_up")
 
     def __init__(self, exchange: Exchange, drain_s: float) -> None:
         self.begun = False
@@ -129,6 +112,14 @@ class Abandonment:
         self._task = asyncio.current_task()
         self._timer: asyncio.TimerHandle | None = None
         self._most_bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end()
+        if kind is asyncio.CancelledError and self.take_back_cancellation():
+            raise ClientGone from None
 
     def watch(self) -> None:
         """From now on; the request must have been read."""
