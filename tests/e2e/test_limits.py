@@ -134,6 +134,33 @@ def test_requests_that_are_refused_or_fail_change_nothing(system):
     assert eventually(lambda: system.usage(user), within_s=3, until=lambda usage: usage == before)
 
 
+def test_a_flood_of_refusals_is_hardly_seen_by_redis(system):
+    user = system.add_user({"ai_requests": 1})
+    assert system.post(user, chat_body(user)).status_code == 200
+
+    def asked():
+        return sum(proxy.metric("sentinel_cache_hits_total", cache="limits", result="hit") for proxy in system.proxies)
+
+    async def flood():
+        async with httpx.AsyncClient(headers=user.headers, timeout=60) as client:
+
+            async def one_after_the_other(url):
+                for _ in range(150):
+                    refused = await client.post(url, json=chat_body(user))
+                    assert refused.status_code == 429
+                    assert refused.json()["error"]["code"] == "insufficient_quota"
+                    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+
+            urls = [f"{proxy.url}/v1/chat/completions" for proxy in system.proxies]
+            await asyncio.gather(*(one_after_the_other(url) for url in urls * 2))
+
+    before, began_s = asked(), time.monotonic()
+    asyncio.run(flood())
+    # Each process remembers a denial for a tenth of a second; two requests may ask in its place.
+    tenths = (time.monotonic() - began_s) / 0.1
+    assert 0 < asked() - before <= 2 * len(system.proxies) * (tenths + 1)
+
+
 def test_the_sdk_does_not_hammer_on_a_limit_that_waiting_does_not_cure(system):
     user = system.add_user({"ai_requests": 0})
     proxy = system.proxies[0]

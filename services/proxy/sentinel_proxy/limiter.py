@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from sentinel_proxy.denials import Denials, Denied
 from sentinel_proxy.errors import unavailable, user_not_metered
 from sentinel_proxy.rate_limits import Headers, binding_name, denial, limit_headers
 from sentinel_proxy.settings import RedisFailMode
@@ -23,11 +24,11 @@ from sentinel_shared.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
-    from sentinel_proxy.errors import ApiError
     from sentinel_proxy.local_share import LocalShare
     from sentinel_proxy.metrics import ProxyMetrics
-    from sentinel_shared.accounts import Accounts, AccountView, Cost, Decision, WindowPolicy
+    from sentinel_shared.accounts import Accounts, AccountView, Binding, Cost, Decision, WindowPolicy
     from sentinel_shared.clock import Clock
     from sentinel_shared.directory import Directory
     from sentinel_shared.refresh import LimitsRefresher
@@ -46,15 +47,6 @@ class Admission:
     granted_output_tokens: int
     headers: Headers
     local: bool
-
-
-class Denied(SentinelError):
-    """The 429 to be sent, with its rate-limit headers."""
-
-    def __init__(self, error: ApiError, headers: Headers) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.headers = headers
 
 
 class Limiter:
@@ -82,6 +74,7 @@ class Limiter:
         self._fail_mode = fail_mode
         self._clock = clock
         self._metrics = metrics
+        self._denials = Denials(clock)
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._refreshing: dict[str, float] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -92,6 +85,17 @@ class Limiter:
     def spare_input_tokens(self, external_id: str) -> int:
         """See LocalShare."""
         return self._share.spare_input_tokens(external_id)
+
+    def check_denials(self, external_id: str, needs: AbstractSet[Binding]) -> None:
+        """Before anything is spent on it: raises Denied for a request that would be refused as the one before was."""
+        try:
+            self._denials.check(external_id, needs)
+        except Denied as denied:
+            self._count(denied)
+            raise
+
+    def _count(self, denied: Denied) -> None:
+        self._metrics.decision("deny", binding_name(denied.binding)).inc()
 
     async def admit(self, *, rid: str, external_id: str, cost: Cost) -> Admission:
         """Reserve the cost. Raises Denied, or ApiError: 403 unknown to Zion, 503 when nobody can decide."""
@@ -112,14 +116,18 @@ class Limiter:
         else:
             self._hit.inc()
         if not decision.admitted:
-            self._metrics.decision("deny", binding_name(decision.binding)).inc()
-            raise Denied(denial(decision, self._window), limit_headers(decision, self._window))
+            headers = limit_headers(decision, self._window)
+            denied = Denied(denial(decision, self._window), headers, decision.binding)
+            self._denials.remember(external_id, decision, denied)
+            self._count(denied)
+            raise denied
         self._share.see(external_id, decision)
         self._allowed.inc()
         return Admission(decision.granted_output_tokens, limit_headers(decision, self._window), local=False)
 
     async def view(self, external_id: str) -> AccountView:
         """The account as the next decision will see it. Raises as admit does."""
+        self._denials.forget(external_id)
         view = await self._accounts.read(external_id)
         if view is None or view.now_ms >= view.stale_until_ms:
             await self._fetch_once(external_id)
@@ -206,6 +214,7 @@ class Limiter:
     def refresh_now(self, external_id: str) -> None:
         """Zion has said that something changed: ask it, in the background."""
         self._refreshing.pop(external_id, None)
+        self._denials.forget(external_id)
         self._refresh_soon(external_id)
 
     def _refresh_soon(self, external_id: str) -> None:

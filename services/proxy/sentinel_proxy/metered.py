@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from sentinel_proxy.denials import WITH_INPUT, WITH_OUTPUT
 from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
 from sentinel_proxy.relaying import Abandonment, Outlet, of_a_stream, relay_stream
@@ -124,6 +125,8 @@ async def serve(tools: Toolbox, endpoint: Endpoint, exchange: Exchange, served: 
 
 async def _admit(tools: Toolbox, asked: _Asked) -> _Job:
     model, external_id = asked.request.model, asked.served.external_id
+    writes = asked.endpoint.generates and asked.request.cap_tokens != 0
+    tools.limiter.check_denials(external_id, WITH_OUTPUT if writes else WITH_INPUT)
     family = lookup(model)
     spare_tokens = 0 if tools.samples.take(len(asked.raw)) else tools.limiter.spare_input_tokens(external_id)
     counting = tools.counter.input_tokens(

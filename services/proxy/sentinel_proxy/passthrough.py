@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+from sentinel_proxy.denials import ANY_REQUEST
 from sentinel_proxy.errors import method_not_allowed, unknown_url
 from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.relaying import Abandonment, of_a_stream
@@ -39,6 +40,7 @@ async def serve(tools: Toolbox, exchange: Exchange, served: Served) -> None:
         raise method_not_allowed(exchange.method, exchange.path, allowed=_METHODS)
     max_bytes = tools.settings.max_body_bytes
     exchange.check_length(max_bytes=max_bytes)
+    tools.limiter.check_denials(external_id, ANY_REQUEST)
     rid = tools.new_rid()
     admission = await tools.limiter.admit(rid=rid, external_id=external_id, cost=Cost(0, 0, 0))
     served.decision = "allow"

@@ -14,6 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from sentinel_proxy import metered, passthrough
+from sentinel_proxy.denials import Denied
 from sentinel_proxy.errors import (
     as_api_error,
     internal_error,
@@ -24,7 +25,6 @@ from sentinel_proxy.errors import (
     unknown_url,
 )
 from sentinel_proxy.exchange import ClientGone, Exchange, Served
-from sentinel_proxy.limiter import Denied
 from sentinel_proxy.reports import support_report, usage_report
 from sentinel_proxy.toolbox import ACCOUNT_STATUSES, account_refused, as_answer, authenticate
 from sentinel_proxy.upstream import UpstreamError
