@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, cast
 
+import msgspec
+
 from sentinel_shared import keys
 from sentinel_shared.contracts import LIMIT_NAMES, LimitName, LimitSnapshot, ResetPeriod
 from sentinel_shared.errors import RedisOutcomeUnknown
@@ -42,8 +44,7 @@ class WindowPolicy:
         return self.window_ms if self.requests or self.tokens else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """What a request may cost. `output_wanted_tokens` is -1 when the client set no cap, 0 when there is no output."""
 
     input_tokens: int
@@ -171,8 +172,7 @@ class RefreshStart:
     confirmed: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True, gc=False):
     """What a request really cost. A refund is a settlement of nothing.
 
     `attempt_age_ms` is how long ago it was first sent to Redis without an answer (0: never); `window_requests_back`

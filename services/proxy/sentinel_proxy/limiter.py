@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from sentinel_proxy.denials import Denials, Denied
 from sentinel_proxy.errors import unavailable, user_not_metered
@@ -40,8 +41,7 @@ _REFRESHES_MAX: Final = 1_000
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True):
     """A promise: `granted_output_tokens` over all choices, -1 when nothing limits them; `local`: made without Redis."""
 
     granted_output_tokens: int

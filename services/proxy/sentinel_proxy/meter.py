@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from sentinel_shared.accounts import Settlement, SettleOutcome
 from sentinel_shared.errors import RedisFull, RedisOutcomeUnknown, RedisRefused, RedisUnavailable

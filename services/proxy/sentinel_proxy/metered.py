@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from sentinel_proxy.denials import WITH_INPUT, WITH_OUTPUT
 from sentinel_proxy.exchange import ClientGone
 from sentinel_proxy.openai_wire import parse_chat, parse_completions, parse_embeddings, parse_responses
@@ -58,8 +60,7 @@ ENDPOINTS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(msgspec.Struct, frozen=True):
     """A request that has been read. `began_s` is `perf_counter` when it had been."""
 
     endpoint: Endpoint

@@ -10,12 +10,12 @@ import asyncio
 import errno
 import fcntl
 import os
-from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final, cast
 from uuid import uuid4
 
 import msgspec
+from msgspec.structs import replace
 
 from sentinel_shared.accounts import Settlement
 from sentinel_shared.errors import RedisRefused, SentinelError

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from sentinel_proxy.denials import ANY_REQUEST, WITH_INPUT, WITH_OUTPUT, Denials, Denied
+from sentinel_proxy.errors import invalid_request
 from sentinel_shared.accounts import Binding, Decision
 
 UNLIMITED = (-1, 0, 0, 0)
@@ -37,7 +36,7 @@ def denials(clock):
 
 
 def remember(denials, decision, user="u"):
-    denials.remember(user, decision, Denied(SimpleNamespace(), [(b"a", b"b")], decision.binding))
+    denials.remember(user, decision, Denied(invalid_request("no"), [(b"a", b"b")], decision.binding))
 
 
 def is_refused(denials, needs, user="u"):
