@@ -12,11 +12,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from sentinel_shared import keys
 from sentinel_shared.accounts import (
     Accounts,
     AccountScripts,
-    AccountView,
     Binding,
     CommitOutcome,
     Cost,
@@ -90,17 +91,15 @@ class Request:
     seen: int = 0
     settlement: Settlement | None = None
     settled_ms: int = 0
+    stands: bool = True
+    """Its reservation is in the account."""
     reaped: bool = False
     charged: list[int] = field(default_factory=lambda: [0, 0, 0])
     in_window: tuple[int, int] = (0, 0)
 
     @property
-    def running(self) -> bool:
-        return self.settlement is None and not self.reaped
-
-    @property
     def promised(self) -> tuple[int, int, int]:
-        return (1, self.cost.input_tokens, max(0, self.granted)) if self.running else (0, 0, 0)
+        return (1, self.cost.input_tokens, max(0, self.granted)) if self.stands else (0, 0, 0)
 
 
 @dataclass
@@ -162,6 +161,8 @@ class World:
         )
         self.owed = {user: {name: Owed() for name in LIMIT_NAMES} for user in USERS}
         self.requests: list[Request] = []
+        self.on_their_way: list[Request] = []
+        """Settled, as their admission was given up for lost; but it waits in some buffer, and will be executed."""
         self.hands: list[Hand | None] = [None, None, None]
         self.in_flight: dict[str, set[str]] = {}
         """Whose usage is in which batch that is not acknowledged yet."""
@@ -230,6 +231,9 @@ class World:
     async def advance(self, leap_ms: int) -> bool:
         """Whether a period has ended."""
         ended = False
+        if leap_ms > keys.SETTLED_TTL_S * 1000 and any(r.stands and r.settlement is not None for r in self.requests):
+            await self.advance(LEASE_MS)
+            await self.step_reap()  # no reaper is away for longer than settlements are remembered
         before_ms, self.now_ms = self.now_ms, self.now_ms + leap_ms
         await self.set_clock()
         for user, books in self.zion.books.items():
@@ -239,6 +243,7 @@ class World:
                     owed.gone_before, ended = owed.acked + owed.dropped, True
                     owed.twice = owed.twice if math.isinf(owed.twice) else 0  # an unknown period ends unseen
         if leap_ms > keys.SETTLED_TTL_S * 1000:
+            self.on_their_way.clear()
             await self._forget(keys.settled_prefix(SHARD))
         if leap_ms > IDLE_S * 1000:
             self.refreshers.clear()  # no call to Zion takes that long
@@ -258,15 +263,44 @@ class World:
     # --- proxies ---
 
     async def step_admit(self) -> None:
-        dice, user, choices = self.dice, self.dice.choice(USERS), self.dice.choice([1, 1, 2, 3])
+        request = await self._admit(self.name("r"), self.dice.choice(USERS), self._cost())
+        if request is not None:
+            self.requests.append(request)
+            await self._check_never_above(request.user)
+
+    async def step_lose(self) -> None:
+        """An admission is not heard of again: the request ran all the same, or was refused, and is settled."""
+        request = Request(
+            self.name("r"), self.dice.choice(USERS), self.window, self._cost(), -1, self.now_ms, 0, stands=False
+        )
+        request.settlement = settlement = self._settlement(request)
+        assert await self.accounts.settle(settlement) is SettleOutcome.RESERVATION_LOST
+        request.settled_ms = self.now_ms
+        self._charge(request, [settlement.requests, settlement.input_tokens, settlement.output_tokens])
+        self.requests.append(request)
+        self.on_their_way.append(request)
+
+    async def step_arrive(self) -> None:
+        """An admission that had been given up for lost is executed."""
+        if self.on_their_way:
+            request = self.on_their_way.pop(self.dice.randrange(len(self.on_their_way)))
+            late = await self._admit(request.rid, request.user, request.cost)
+            if late is not None:
+                late.settlement, late.settled_ms, late.charged = request.settlement, request.settled_ms, request.charged
+                self.requests[self.requests.index(request)] = late
+                await self._check_never_above(late.user)
+
+    def _cost(self) -> Cost:
+        dice, choices = self.dice, self.dice.choice([1, 1, 2, 3])
         wanted = dice.choice([-1, -1, 0, 20 * choices, 90 * choices])
-        cost = Cost(dice.randint(0, 40), wanted, dice.choice([60, 2_000]) * choices, choices)
-        rid = self.name("r")
+        return Cost(dice.randint(0, 40), wanted, dice.choice([60, 2_000]) * choices, choices)
+
+    async def _admit(self, rid: str, user: str, cost: Cost) -> Request | None:
         view = await self.accounts.read(user)
         assert view is not None
         if self.now_ms >= view.stale_until_ms:
             assert await self.unchanged(self.accounts.admit(rid=rid, external_id=user, cost=cost)) is None
-            return
+            return None
         limits = {state.name: state for state in view.limits}
         counted = (view.window_requests, view.window_tokens)
         binding, granted = expected_decision(limits, counted, self.window, cost)
@@ -277,17 +311,18 @@ class World:
         assert decision.admitted == (binding is Binding.NONE)
         assert decision.now_ms == self.now_ms
         if not decision.admitted:
-            return
+            return None
         again = await self.unchanged(self.accounts.admit(rid=rid, external_id=user, cost=cost))
         assert again is not None
         assert (again.admitted, again.granted_output_tokens) == (True, granted)
         request = Request(rid, user, self.window, cost, granted, self.now_ms, self.now_ms + LEASE_MS)
         request.in_window = (1, cost.input_tokens + max(0, granted))
-        self.requests.append(request)
-        self._check_never_above(user, view)
+        return request
 
-    def _check_never_above(self, user: str, view: AccountView) -> None:
+    async def _check_never_above(self, user: str) -> None:
         """What is truly used in this period, and what is promised, fit under every limit at an admission."""
+        view = await self.accounts.read(user)
+        assert view is not None
         for state in view.limits:
             index = LIMIT_NAMES.index(state.name)
             promised = sum(request.promised[index] for request in self.requests if request.user == user)
@@ -307,11 +342,11 @@ class World:
         if request is not None:
             await self.settle(request)
 
-    async def settle(self, request: Request) -> None:
+    def _settlement(self, request: Request) -> Settlement:
         dice, estimate = self.dice, request.cost.input_tokens
         refunded = dice.random() < 0.15
         most = request.granted if request.granted >= 0 else 70
-        settlement = Settlement(
+        return Settlement(
             request.rid,
             request.user,
             0 if refunded else 1,
@@ -320,13 +355,21 @@ class World:
             "",
             window_requests_back=1 if refunded else 0,
         )
+
+    async def settle(self, request: Request) -> None:
+        settlement = self._settlement(request)
         outcome = await self.accounts.settle(settlement)
         assert outcome is (SettleOutcome.CORRECTED if request.reaped else SettleOutcome.SETTLED)
-        if not request.reaped:
-            tokens = settlement.input_tokens + settlement.output_tokens
-            request.in_window = (1 - settlement.window_requests_back, tokens)
         request.settlement, request.settled_ms = settlement, self.now_ms
+        self._take_back(request)
         self._charge(request, [settlement.requests, settlement.input_tokens, settlement.output_tokens])
+
+    def _take_back(self, request: Request) -> None:
+        """What was promised, by a settlement."""
+        if request.stands and request.settlement is not None:
+            s = request.settlement
+            request.in_window = (1 - s.window_requests_back, s.input_tokens + s.output_tokens)
+            request.stands = False
 
     def _charge(self, request: Request, costs: list[int]) -> None:
         """Zion keeps no book for a limit that was absent in the last snapshot."""
@@ -338,11 +381,10 @@ class World:
     async def step_settle_again(self) -> None:
         request = self._pick(lambda r: r.settlement is not None)
         if request is not None and request.settlement is not None:
-            s = request.settlement
-            again = Settlement(
-                s.rid, s.external_id, s.requests, s.input_tokens, s.output_tokens, "", self.now_ms - request.settled_ms
-            )
-            assert await self.unchanged(self.accounts.settle(again)) is SettleOutcome.KNOWN_BEFORE
+            age_ms = max(1, self.now_ms - request.settled_ms)
+            again = self.accounts.settle(replace(request.settlement, attempt_age_ms=age_ms))
+            assert await (again if request.stands else self.unchanged(again)) is SettleOutcome.KNOWN_BEFORE
+            self._take_back(request)
 
     async def step_extend(self) -> None:
         request = self._pick(lambda r: r.settlement is None)
@@ -357,12 +399,14 @@ class World:
             request.seen, request.deadline_ms = seen, self.now_ms + LEASE_MS
 
     async def step_reap(self) -> None:
-        over = [request for request in self.requests if request.running and request.deadline_ms <= self.now_ms]
+        over = [request for request in self.requests if request.stands and request.deadline_ms <= self.now_ms]
         reaped = await self.queue.reap(SHARD, at_most=100)
         assert reaped == len(over)
         for request in over:
-            request.reaped = True
-            self._charge(request, [1, request.cost.input_tokens, request.seen])
+            request.stands = False
+            if request.settlement is None:
+                request.reaped = True
+                self._charge(request, [1, request.cost.input_tokens, request.seen])
 
     # --- workers ---
 
@@ -579,7 +623,7 @@ class World:
             key = keys.account(user)
             if cast("int", await self.lane.execute(key, "TTL", key)) >= 0:
                 assert all(owed.charged == owed.acked + owed.dropped for owed in self.owed[user].values())
-                assert not any(request.running for request in self.requests if request.user == user)
+                assert not any(request.stands for request in self.requests if request.user == user)
 
     def _check_limit(self, user: str, state: Any, ledger: tuple[int, int, int, int]) -> None:
         owed, book = self.owed[user][state.name], self.zion.books[user][state.name]
@@ -661,6 +705,8 @@ STEP_WEIGHTS: dict[Callable[[World], Awaitable[None]], int] = {
     World.step_time: 9,
     World.step_settle: 7,
     World.step_settle_again: 1,
+    World.step_lose: 1,
+    World.step_arrive: 1,
     World.step_extend: 2,
     World.step_reap: 2,
     World.step_work: 13,

@@ -68,6 +68,13 @@ TAKEN_OUT = {
         "",
     ),
     "a settled reservation is remembered": ("settle", "redis.call('SET', KEYS[6], '1', 'EX', ARGV[9])", ""),
+    "what was settled before its admission came is not settled again": (
+        "settle",
+        "if tonumber(ARGV[8]) > 0 and redis.call('EXISTS', KEYS[6]) == 1 then",
+        "if false then",
+    ),
+    "nor reaped": ("reap", "local settled = redis.call('EXISTS', ARGV[6] .. rid) == 1", "local settled = false"),
+    "but its promise is taken back": ("settle", "math.max(0, a[at + RESERVED] - promised[i])", "a[at + RESERVED]"),
     "a settlement too old to tell is taken for settled": ("settle", "tonumber(ARGV[8]) >= ARGV[9] * 1000", "false"),
     "what was reaped leaves a tombstone": (
         "reap",
@@ -115,11 +122,15 @@ TAKEN_OUT = {
 
 # A seed that shows it; where the scripts have changed since, another one is looked for.
 SHOWN_BY = {
-    "what was confirmed during a refresh is added": 130,
-    "a period that is over starts anew at 0": 439,
-    "a figure of Zion's waits for a snapshot of the period": 318,
-    "a figure of Zion's is of the period that its batch was claimed in": 514,
+    "what was confirmed during a refresh is added": 495,
+    "a period that is over starts anew at 0": 525,
+    "a figure of Zion's waits for a snapshot of the period": 719,
+    "a figure of Zion's is of the period that its batch was claimed in": 150,
     "the ring forgets no bucket early": 116,
+    "the oldest bucket counts in full": 112,
+    "dead letters count": 172,
+    "a note does not bring back a batch that is gone": 92,
+    "what was settled before its admission came is not settled again": 61,
 }
 
 
