@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import select
 from typing import TYPE_CHECKING, Final, cast
 
 import httptools
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 _UNREAD_MAX_BYTES: Final = 256 * 1024
 """So much of a stream may wait for a slow client; then the upstream has to wait, too."""
+_JOINED_MAX_BYTES: Final = 16 * 1024
+"""Beyond it a copy costs more than a second buffer."""
 _HEAD_MAX_BYTES: Final = 256 * 1024
 _KEEP_S: Final = 50.0
 """Most servers keep a free connection for a minute: whoever hangs up first sends no request to a closed door."""
@@ -42,6 +46,7 @@ class Connection(asyncio.Protocol):
         "_is_head",
         "_keeps_alive",
         "_loop",
+        "_news",
         "_on_lost",
         "_parser",
         "_paused",
@@ -66,12 +71,14 @@ class Connection(asyncio.Protocol):
         """Set while the socket takes no more of a request."""
         self._waiter: asyncio.Future[None] | None = None
         self._waits_for = 0
+        self._news: select.poll | None = None
+        """Asks the system for what the loop has not read yet."""
         self._error: UpstreamError | None = None
         self._paused = False
         self.busy = False
         self.last_s = loop.time()
         """When something last went on, by the loop's clock."""
-        self._close_at_s = self.last_s + _KEEP_S
+        self._close_at_s = math.inf
         self._pieces: list[bytes] = []
         self._forget_answer(is_head=False)
 
@@ -94,6 +101,23 @@ class Connection(asyncio.Protocol):
         """Whether it can take a request now."""
         return self._error is None and self._transport is not None and not self._transport.is_closing()
 
+    def still_usable(self) -> bool:
+        """The same of one that has rested; ends it where it is too old, or has news.
+
+        A server that hangs up right after its answer is often met before the loop gets to read that; whatever else
+        may have come is of no good either.
+        """
+        if not self.usable:
+            return False
+        if self._news is None:
+            self._news = select.poll()
+            sock = cast("asyncio.Transport", self._transport).get_extra_info("socket")
+            self._news.register(sock.fileno(), select.POLLIN)
+        if self._loop.time() >= self._close_at_s or self._news.poll(0):
+            self.abort()
+            return False
+        return True
+
     def begin(self, head: bytes, body: bytes, *, is_head: bool = False, more: bool = False) -> None:
         """Write a request, whole, or with `more` of its body to come; the answer may begin at any time from now."""
         self._forget_answer(is_head=is_head)
@@ -101,10 +125,10 @@ class Connection(asyncio.Protocol):
         self.last_s = self._loop.time()
         self._body_goes_on = more
         transport = cast("asyncio.Transport", self._transport)
-        if body:
-            transport.writelines((head, body))
+        if len(body) <= _JOINED_MAX_BYTES:
+            transport.write(head + body)
         else:
-            transport.write(head)
+            transport.writelines((head, body))
 
     async def go_on(self, piece: bytes) -> None:
         """More of the request's body, as it is to stand on the wire; waits while the upstream is slow to take it."""
@@ -170,7 +194,14 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether request and answer are complete, and both sides keep the connection."""
-        return self._ended and self._keeps_alive and not self._body_goes_on and not self._pieces and self.usable
+        return (
+            self._ended
+            and self._keeps_alive
+            and not self._body_goes_on
+            and not self._pieces
+            and self.usable
+            and not cast("asyncio.Transport", self._transport).get_write_buffer_size()
+        )
 
     def rest(self) -> None:
         """Free, until the next `begin`."""
@@ -196,25 +227,21 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: UpstreamError) -> None:
         if self._error is None:
             self._error = error
-        waiter, room = self._waiter, self._room
-        if waiter is not None and not waiter.done():
-            waiter.set_exception(self._error)
-        if room is not None and not room.done():
-            room.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(self._error)
         self.abort()
 
     # --- asyncio's side ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._close_at_s = self._loop.time() + _KEEP_S
 
     def data_received(self, data: bytes) -> None:
         self.last_s = self._loop.time()
         if not self.busy:
             self.abort()  # nothing was asked for
             return
-        if not self._has_head:
-            self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -222,8 +249,10 @@ class Connection(asyncio.Protocol):
                 self._fail(broke(f"what came is no answer: {type(error).__name__}"))
                 return
             self._keeps_alive = False  # more came than was asked for
-        if self._head_bytes > _HEAD_MAX_BYTES:
-            self._fail(broke("its headers have no end"))
+        if not self._has_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_MAX_BYTES:
+                self._fail(broke("its headers have no end"))
             return
         waiter = self._waiter
         if waiter is not None:
@@ -237,18 +266,15 @@ class Connection(asyncio.Protocol):
             cast("asyncio.Transport", self._transport).pause_reading()
 
     def eof_received(self) -> None:
-        if self.busy and self._has_head and not self._ended and self._lasts_until_eof():
+        if self._has_head and self._lasts_until_eof():
             self._ended = True
             if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
+        # Whatever of the request is still to be written, nobody waits until that is.
+        self._fail(broke("the upstream hung up"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._ended:
-            self._error = self._error or broke("its answer was over")
-        else:
-            self._fail(broke("the upstream hung up" if exc is None else type(exc).__name__))
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        self._fail(broke("the upstream hung up" if exc is None else type(exc).__name__))
         self._on_lost(self)
 
     def pause_writing(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import socket
 import ssl
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
@@ -80,20 +81,25 @@ class Dialer:
         return self._proxy.authorization if self._proxy and not self._tls else ""
 
     async def dial(self, connection: Connection) -> None:
-        """Connect within the time-out. Raises UpstreamUnreachable and UpstreamTimeout; by then it may have been made."""
+        """Connect within the time-out. Raises UpstreamUnreachable, UpstreamTimeout; by then it may have been made."""
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 await self._dial(connection)
         except TimeoutError:
             raise UpstreamTimeout("the upstream could not be connected to in time", reached=False) from None
-        except (OSError, ssl.CertificateError) as error:
+        except (OSError, RuntimeError, UnicodeError) as error:  # uvloop's, and a name that cannot be looked up
             raise UpstreamUnreachable(f"the upstream cannot be reached: {error}", reached=False) from None
 
     async def _dial(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         host, port = (self._proxy.host, self._proxy.port) if self._proxy else (self.host, self.port)
         addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        cancelled = task.cancelling()
         sock = await start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS_AFTER_S, interleave=1)
+        if task.cancelling() > cancelled:
+            sock.close()
+            raise asyncio.CancelledError  # it came as the race ended, which swallows it
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -106,6 +112,8 @@ class Dialer:
         except BaseException:
             sock.close()
             raise
+        if not connection.usable:
+            raise ConnectionError("the connection ended as it began")
 
 
 async def _tunnel(sock: socket.socket, connect_to: str, authorization: str) -> None:
@@ -121,9 +129,9 @@ async def _tunnel(sock: socket.socket, connect_to: str, authorization: str) -> N
         if not byte or len(answer) > _PROXY_ANSWER_MAX_BYTES:
             raise ConnectionError("the proxy hung up")
         answer += byte
-    status = answer.split(b" ", 2)[1:2]
-    if status != [b"200"]:
-        raise ConnectionError(f"the proxy answered {status[0].decode('latin-1') if status else 'no HTTP'}")
+    status = re.match(rb"HTTP/1\.[01] (\d{3})[ \r]", answer)
+    if status is None or not status[1].startswith(b"2"):
+        raise ConnectionError(f"the proxy answered {status[1].decode() if status else 'no HTTP'}")
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext:

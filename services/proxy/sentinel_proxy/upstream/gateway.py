@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import urlsplit
 
 from sentinel_proxy.upstream.dialer import Dialer
+from sentinel_proxy.upstream.failures import broke
 from sentinel_proxy.upstream.pool import Pool
 from sentinel_proxy.upstream.unpacking import Unpacking, unpacked
 
@@ -61,11 +62,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request as it goes onto the wire; a body of unknown length goes in chunks."""
+    """A request as it goes onto the wire; a body in pieces is `body_bytes` long, or goes in chunks."""
 
     head: bytes
     body: bytes | AsyncIterable[bytes]
-    in_chunks: bool = False
+    body_bytes: int | None = None
     is_head: bool = False
 
 
@@ -90,7 +91,9 @@ class Stream:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._pool.give_back(self._connection)
+        connection = self._connection
+        del self._connection  # whoever reads too late must not read the next call's answer
+        self._pool.give_back(connection)
 
     async def read(self) -> bytes | None:
         """The next bytes as they come; None at the end. Raises UpstreamTimeout, UpstreamUnreachable."""
@@ -122,6 +125,7 @@ class Upstream:
         self._always = f"host: {dialer.authority}\r\nauthorization: Bearer {api_key}\r\naccept-encoding: identity\r\n"
         if dialer.proxy_authorization:
             self._always += f"proxy-authorization: {dialer.proxy_authorization}\r\n"
+        self._own_lines = 2 + self._always.count("\r\n")
 
     @classmethod
     def open(
@@ -176,11 +180,11 @@ class Upstream:
         self, method: str, path: str, headers: RawHeaders, body: bytes | AsyncIterable[bytes], *, request_id: str
     ) -> Call:
         if isinstance(body, bytes):
-            framing, in_chunks = _length(method, body), False
+            framing, body_bytes = _length(method, body), None
         else:
-            framing, in_chunks = _framing(headers)
+            framing, body_bytes = _framing(headers)
         head = self._head(method, path, headers, request_id, framing)
-        return Call(head, body, in_chunks, method == "HEAD")
+        return Call(head, body, body_bytes, method == "HEAD")
 
     def _head(self, method: str, path: str, headers: RawHeaders, request_id: str, framing: str) -> bytes:
         own = f"{method} {self._base}{path} HTTP/1.1\r\n{self._always}x-request-id: {request_id}\r\n{framing}"
@@ -189,6 +193,10 @@ class Upstream:
             if name not in _NEVER_SENT:
                 parts += (name, b": ", value, b"\r\n")
         head = b"".join(parts)
+        lines = self._own_lines + bool(framing) + len(parts) // 4
+        if head.count(b"\r") != lines or head.count(b"\n") != lines:
+            # Whoever serves lets none in; should one ever, it is not sent on as a request of somebody's own making.
+            raise ValueError("there is a line end in a header or in the path")
         if b"\r\nuser-agent:" not in head:
             head += b"user-agent: sentinel\r\n"
         return head + b"\r\n"
@@ -201,7 +209,7 @@ async def _ask(connection: Connection, call: Call) -> None:
         await connection.head()
         return
     connection.begin(call.head, b"", more=True)
-    uploading = asyncio.create_task(_upload(connection, call.body, in_chunks=call.in_chunks))
+    uploading = asyncio.create_task(_upload(connection, call.body, call.body_bytes))
     answering = asyncio.create_task(connection.head())
     try:
         await asyncio.wait((uploading, answering), return_when=asyncio.FIRST_COMPLETED)
@@ -215,10 +223,20 @@ async def _ask(connection: Connection, call: Call) -> None:
         await asyncio.gather(uploading, answering, return_exceptions=True)
 
 
-async def _upload(connection: Connection, body: AsyncIterable[bytes], *, in_chunks: bool) -> None:
+async def _upload(connection: Connection, body: AsyncIterable[bytes], body_bytes: int | None) -> None:
+    """Raises ValueError for a body of another length than told: what is too much would be a request of its own."""
+    spare_bytes = body_bytes or 0
     async for piece in body:
-        await connection.go_on(b"%x\r\n%b\r\n" % (len(piece), piece) if in_chunks else piece)
-    if in_chunks:
+        if body_bytes is not None:
+            spare_bytes -= len(piece)
+            if spare_bytes < 0:
+                break
+            await connection.go_on(piece)
+        elif piece:  # an empty chunk would be the last
+            await connection.go_on(b"%x\r\n%b\r\n" % (len(piece), piece))
+    if spare_bytes:
+        raise ValueError("a body is not as long as its header tells")
+    if body_bytes is None:
         await connection.go_on(b"0\r\n\r\n")
     connection.body_ends()
 
@@ -227,12 +245,13 @@ def _length(method: str, body: bytes) -> str:
     return f"content-length: {len(body)}\r\n" if body or method not in _BODILESS else ""
 
 
-def _framing(headers: RawHeaders) -> tuple[str, bool]:
-    """The header that tells how long a body is that comes in pieces, and whether it goes in chunks."""
+def _framing(headers: RawHeaders) -> tuple[str, int | None]:
+    """The header that tells how long a body is that comes in pieces, and that length; None: in chunks."""
     told = dict(headers)
     if b"transfer-encoding" in told:
-        return "transfer-encoding: chunked\r\n", True
-    return f"content-length: {told.get(b'content-length', b'0').decode('latin-1')}\r\n", False
+        return "transfer-encoding: chunked\r\n", None
+    body_bytes = int(told.get(b"content-length", b"0"))
+    return f"content-length: {body_bytes}\r\n", body_bytes
 
 
 def _returned(headers: RawHeaders) -> tuple[RawHeaders, Unpacking | None]:
@@ -244,7 +263,9 @@ def _returned(headers: RawHeaders) -> tuple[RawHeaders, Unpacking | None]:
         if name not in _NEVER_RETURNED and not name.startswith(_OWN_PREFIXES):
             returned.append(header)
             if name == b"content-encoding":
-                packing = header[1]
+                packing = packing + b", " + header[1] if packing else header[1].strip()
+        elif name == b"transfer-encoding" and header[1].strip().lower() != b"chunked":
+            raise broke("its answer comes in a transfer coding that nobody asked for")
     if packing and packing.lower() != b"identity":
         returned, unpacking = unpacked(returned, packing)
     return returned, unpacking

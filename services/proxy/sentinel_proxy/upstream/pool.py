@@ -29,6 +29,7 @@ class Pool:
         self._free: list[Connection] = []
         self._waiting: deque[asyncio.Future[Connection | None]] = deque()
         self._looking: asyncio.TimerHandle | None = None
+        self._closed = False
 
     async def take(self) -> Connection:
         """A connection for one request, of those that are free the one used last.
@@ -36,17 +37,19 @@ class Pool:
         Raises UpstreamUnreachable, also when no place becomes free in time, and UpstreamTimeout.
         """
         free = self._free
-        while free:
-            connection = free.pop()
-            if connection.usable:
-                return connection
-        if self._places:
-            self._places -= 1
-            return await self._dialled()
-        connection_or_place = await self._wait()
-        if connection_or_place is None:
-            return await self._dialled()
-        return connection_or_place if connection_or_place.usable else await self.take()
+        while True:
+            while free:
+                connection = free.pop()
+                if connection.still_usable():
+                    return connection
+            if self._places:
+                self._places -= 1
+                return await self._dialled()
+            handed = await self._wait()
+            if handed is None:
+                return await self._dialled()
+            if handed.still_usable():
+                return handed
 
     def give_back(self, connection: Connection) -> None:
         """When its answer is over. One that was not read to its end ends with its connection."""
@@ -57,11 +60,15 @@ class Pool:
             connection.abort()
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Ends all connections, and makes no more."""
+        self._closed = True
         for connection in list(self._held):
             connection.abort()
 
     async def _dialled(self) -> Connection:
+        if self._closed:
+            self._hand_on(None)
+            raise UpstreamUnreachable("no connection to the upstream is made any more", reached=False)
         connection = Connection(asyncio.get_running_loop(), self._lost)
         self._held.add(connection)
         if self._looking is None:
@@ -84,6 +91,8 @@ class Pool:
         except BaseException as error:
             if handed.done() and not handed.cancelled():
                 self._hand_on(handed.result())  # it came when nobody waited any more
+            elif handed in self._waiting:
+                self._waiting.remove(handed)
             if isinstance(error, TimeoutError):
                 raise UpstreamUnreachable("no free connection to the upstream", reached=False) from None
             raise
