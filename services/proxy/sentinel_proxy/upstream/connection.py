@@ -19,10 +19,15 @@ _UNREAD_MAX_BYTES: Final = 256 * 1024
 """So much of a stream may wait for a slow client; then the upstream has to wait, too."""
 _JOINED_MAX_BYTES: Final = 16 * 1024
 """Beyond it a copy costs more than a second buffer."""
+_AT_ONCE_MAX_BYTES: Final = 128 * 1024
+_PIECE_BYTES: Final = 64 * 1024
+"""Megabytes written at once keep everybody else waiting: 3.4 ms for 2 MB, 0.4 in pieces."""
 _HEAD_MAX_BYTES: Final = 256 * 1024
 _KEEP_S: Final = 50.0
 """Most servers keep a free connection for a minute: whoever hangs up first sends no request to a closed door."""
 _TIMEOUT: Final = re.compile(rb"timeout=(\d{1,9})")
+
+_NOTHING: Final = memoryview(b"")
 
 _HEAD: Final = 1
 _BYTES: Final = 2
@@ -54,6 +59,7 @@ class Connection(asyncio.Protocol):
         "_room",
         "_transport",
         "_unread_bytes",
+        "_unwritten",
         "_waiter",
         "_waits_for",
         "busy",
@@ -93,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._ended = False
         self._keeps_alive = False
         self._body_goes_on = False
+        self._unwritten = _NOTHING
 
     # --- the request ---
 
@@ -127,8 +134,22 @@ class Connection(asyncio.Protocol):
         transport = cast("asyncio.Transport", self._transport)
         if len(body) <= _JOINED_MAX_BYTES:
             transport.write(head + body)
-        else:
+        elif len(body) <= _AT_ONCE_MAX_BYTES:
             transport.writelines((head, body))
+        else:
+            transport.write(head)
+            self._unwritten = memoryview(body)
+            self._write_on()
+
+    def _write_on(self) -> None:
+        """A piece of the body each turn of the loop, while the upstream takes them."""
+        unwritten = self._unwritten
+        if self._error is None and unwritten:
+            self.last_s = self._loop.time()
+            cast("asyncio.Transport", self._transport).write(unwritten[:_PIECE_BYTES])
+            self._unwritten = unwritten[_PIECE_BYTES:]
+            if self._unwritten and self._room is None:
+                self._loop.call_soon(self._write_on)
 
     async def go_on(self, piece: bytes) -> None:
         """More of the request's body, as it is to stand on the wire; waits while the upstream is slow to take it."""
@@ -198,6 +219,7 @@ class Connection(asyncio.Protocol):
             self._ended
             and self._keeps_alive
             and not self._body_goes_on
+            and not self._unwritten
             and not self._pieces
             and self.usable
             and not cast("asyncio.Transport", self._transport).get_write_buffer_size()
@@ -285,6 +307,7 @@ class Connection(asyncio.Protocol):
             self._room.set_result(None)
         self._room = None
         self.last_s = self._loop.time()
+        self._write_on()
 
     # --- httptools' side ---
 

@@ -440,7 +440,7 @@ async def test_an_upstream_that_falls_silent_is_a_time_out_before_and_in_its_ans
             writer.write(answer_head("content-length: 100") + EVENTS[0])
         await reader.read()
 
-    async with upstream_that(falls_silent, idle_timeout_s=0.1) as upstream:
+    async with upstream_that(falls_silent, idle_timeout_s=0.5) as upstream:
         with pytest.raises(UpstreamTimeout) as caught:
             await post(upstream, "at once")
         assert caught.value.reached
@@ -454,13 +454,13 @@ async def test_bytes_now_and_then_are_no_silence():
     async def drips(reader, writer):
         await asked(reader)
         writer.write(answer_head("transfer-encoding: chunked"))
-        for _ in range(8):
-            await asyncio.sleep(0.05)
+        for _ in range(10):
+            await asyncio.sleep(0.2)
             writer.write(b"1\r\n.\r\n")
         writer.write(b"0\r\n\r\n")
 
-    async with upstream_that(drips, idle_timeout_s=0.25) as upstream:
-        assert (await post(upstream)).body == b"." * 8
+    async with upstream_that(drips, idle_timeout_s=1.5) as upstream:
+        assert (await post(upstream)).body == b"." * 10
 
 
 async def test_a_slow_client_makes_the_upstream_wait_and_gets_all_of_it():
@@ -476,13 +476,13 @@ async def test_a_slow_client_makes_the_upstream_wait_and_gets_all_of_it():
             written = start
 
     async with (
-        upstream_that(sends_much, idle_timeout_s=0.2) as upstream,
+        upstream_that(sends_much, idle_timeout_s=1) as upstream,
         upstream.stream("POST", "/x", [], b"{}", request_id="r") as stream,
     ):
         before = -1
         while written != before or not written:
             before = written
-            await asyncio.sleep(0.3)  # a client that reads nothing, for longer than the upstream may be silent
+            await asyncio.sleep(0.6)  # a client that reads nothing, for longer than the upstream may be silent
         assert written < len(body) - 65_536
         assert stream._connection._unread_bytes < 1_000_000
         came = []
@@ -499,10 +499,10 @@ async def test_a_stream_that_ended_while_its_client_was_slow_is_delivered_whole(
         writer.write(answer_head(framing) + bytes(1_000_000))
 
     async with (
-        upstream_that(sends_much_and_leaves, idle_timeout_s=0.1) as upstream,
+        upstream_that(sends_much_and_leaves, idle_timeout_s=1) as upstream,
         upstream.stream("POST", "/x", [], b"{}", request_id="r") as stream,
     ):
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.2)
         came = 0
         while (piece := await asyncio.wait_for(stream.read(), 5)) is not None:
             came += len(piece)

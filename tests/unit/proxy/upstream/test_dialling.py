@@ -260,7 +260,7 @@ async def test_large_bodies_both_ways_and_a_slow_client_by_tls(certified):
 
     async with (
         server_that(echoes, tls=context) as port,
-        upstream_from(f"https://127.0.0.1:{port}/v1", ca_file=ca_file, idle_timeout_s=1) as upstream,
+        upstream_from(f"https://127.0.0.1:{port}/v1", ca_file=ca_file, idle_timeout_s=10) as upstream,
     ):
         for _ in range(2):
             assert (await upstream.send("POST", "/x", [], body, request_id="r")).body == body

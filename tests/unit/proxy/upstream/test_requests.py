@@ -277,10 +277,10 @@ async def test_a_body_waits_for_an_upstream_that_is_slow_to_take_it():
 async def test_an_upload_may_take_longer_than_the_upstream_may_be_silent():
     async def slowly() -> AsyncIterator[bytes]:
         for _ in range(8):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
             yield b"a"
 
-    async with upstream_that(keeps([]), idle_timeout_s=0.2) as upstream:
+    async with upstream_that(keeps([]), idle_timeout_s=1) as upstream:
         assert await upload(upstream, [(b"content-length", b"8")], slowly()) == (200, b"{}")
 
 
@@ -361,3 +361,57 @@ async def test_the_answer_of_an_upstream_that_answers_and_leaves_at_once_is_read
     async with upstream_that(leaves) as upstream:
         for _ in range(3):
             assert (await post(upstream)).body == b"all of it"
+
+
+HUGE = bytes(range(256)) * 12_000
+
+
+async def test_huge_bodies_arrive_whole():
+    requests: list[bytes] = []
+
+    async def takes_it_bit_by_bit(reader, writer):
+        for _ in range(2):
+            requests.append(await asked(reader))
+            writer.write(answer())
+
+    async with upstream_that(takes_it_bit_by_bit) as upstream, asyncio.timeout(20):
+        for _ in range(2):
+            told = await upstream.send("POST", "/x", [], HUGE, request_id="r")
+            assert told.body == b"{}"
+    assert [request.partition(b"\r\n\r\n")[2] == HUGE for request in requests] == [True, True]
+
+
+async def test_others_have_their_turn_while_a_huge_body_is_written():
+    turns = 0
+
+    async def counts():
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async def takes(reader, writer):
+        await asked(reader)
+        writer.write(answer())
+
+    async with upstream_that(takes) as upstream, asyncio.timeout(20):
+        counting = asyncio.create_task(counts())
+        await upstream.send("POST", "/x", [], HUGE, request_id="r")
+        counting.cancel()
+    assert turns >= len(HUGE) // (64 * 1024)
+
+
+async def test_a_huge_body_whose_answer_comes_before_its_end_is_not_written_on():
+    took: list[int] = []
+
+    async def answers_at_once(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer(b"too large", status="413 Too Large"))
+        took.append(len(await reader.read()))
+
+    async with upstream_that(answers_at_once) as upstream:
+        for _ in range(2):
+            async with asyncio.timeout(20):
+                told = await upstream.send("POST", "/x", [], HUGE * 10, request_id="r")
+            assert (told.status, told.body) == (413, b"too large")
+    assert all(count < len(HUGE) * 10 for count in took)
