@@ -18,15 +18,17 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tests.bench import foreign, ledger_cost, peers
+from tests.bench import beside, foreign, ledger_cost, peers
 from tests.support.redis_server import free_port
 from tests.support.system import GATEWAY_KEY, System, bare_environ
 
 USERS: Final = 64
+SENTINEL: Final = "Sentinel, everything on"
+TWO_WORKERS: Final = "Sentinel, two processes"
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -48,6 +50,7 @@ SCENARIOS: Final = (
     Scenario("JSON chat, 32 connections", 32, _chat("say 10 tokens about the weather. " * 8)),
     Scenario("JSON chat, 1 connection", 1, _chat("say 10 tokens about the weather. " * 8)),
     Scenario("stream of 50 events, 32 connections", 32, _chat("say 50 tokens", stream=True)),
+    Scenario("stream of 10 events, 1 connection", 1, _chat("say 10 tokens", stream=True)),
     Scenario("100 kB prompt, 8 connections", 8, _chat("say 10 tokens. " + "the quick brown fox. " * 4_800)),
     Scenario("refused (429), 32 connections", 32, _chat("say 10 tokens about the weather. " * 8), refused=True),
 )
@@ -120,7 +123,9 @@ def contestants(stack: ExitStack, system: System, folder: Path) -> list[Contesta
     """All that can run here, started; `stack` ends them."""
     proxy, *_ = system.start_all("proxy", "usage-worker", "limits-sync", RATE_LIMIT_REQUESTS="1000000000")
     redis_pid = system.redis.pid
-    fields = [Contestant("Sentinel, everything on", int(proxy.url.rpartition(":")[2]), (proxy.pid,), (redis_pid,))]
+    fields = [Contestant(SENTINEL, int(proxy.url.rpartition(":")[2]), (proxy.pid,), (redis_pid,))]
+    (two,) = system.start_all("proxy", SENTINEL_WORKERS="2", RATE_LIMIT_REQUESTS="1000000000")
+    fields.append(Contestant(TWO_WORKERS, int(two.url.rpartition(":")[2]), (two.pid,), (redis_pid,)))
     environ = bare_environ(BENCH_GATEWAY=system.gateway.url, BENCH_GATEWAY_KEY=GATEWAY_KEY)
     for name, app in (("bare uvicorn, no upstream", "bare"), ("FastAPI + httpx relay, no limits", "naive")):
         port = free_port()
@@ -161,7 +166,9 @@ def run(*, rounds: int, seconds: float, peers_too: bool = False) -> dict[str, An
             _until_answering(contestant, plenty[0])
         for _ in range(rounds):
             for scenario in SCENARIOS:
-                for contestant in fields if not scenario.refused else fields[:1]:
+                for contestant in fields:
+                    if not _takes_part(contestant, scenario):
+                        continue
                     tokens = nothing if scenario.refused else plenty
                     told = measure(contestant, scenario, tokens, seconds)
                     results.setdefault(scenario.name, {}).setdefault(contestant.name, []).append(told)
@@ -171,6 +178,12 @@ def run(*, rounds: int, seconds: float, peers_too: bool = False) -> dict[str, An
     }
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return {"machine": machine, "rounds": rounds, "seconds": seconds, "memory_mb": memory, "results": medians}
+
+
+def _takes_part(contestant: Contestant, scenario: Scenario) -> bool:
+    if contestant.name == TWO_WORKERS:
+        return scenario is SCENARIOS[0]
+    return contestant.name == SENTINEL or not scenario.refused
 
 
 def _median(told: list[dict[str, Any]]) -> dict[str, Any]:
@@ -223,7 +236,9 @@ def main() -> int:
     ledger = asyncio.run(ledger_cost.measure())
     report["ledger"] = ledger
     costs = [f"- {row}" for row in ledger_cost.lines(ledger)]
-    text = "\n".join([table(report), "", "What the ledger costs Redis:", *costs])
+    felt = beside.measure(rounds=options.rounds, seconds=options.seconds)
+    report["beside"] = {name: asdict(row) for name, row in felt.items()}
+    text = "\n".join([table(report), "", "What the ledger costs Redis:", *costs, "", *beside.lines(felt)])
     print(text)
     build = Path("build")
     build.mkdir(exist_ok=True)

@@ -9,20 +9,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
 class Order:
-    """`requests` are whole HTTP requests as text, taken in turn by all connections."""
+    """`requests` are whole HTTP requests as text, taken in turn by all connections.
+
+    A connection pauses for `pause_s` after each answer; its latencies are then without what this process itself waited
+    for a core. With `begin_s`, by the machine's monotonic clock, several loads begin together. `niceness` is towards
+    others.
+    """
 
     host: str
     port: int
     requests: list[str]
     connections: int
     seconds: float
+    pause_s: float = 0.0
+    begin_s: float = 0.0
+    niceness: int = 0
 
 
 @dataclass
@@ -57,16 +67,30 @@ async def _answer(reader: asyncio.StreamReader, tally: Tally, began_s: float) ->
 async def _connection(order: Order, texts: itertools.cycle[bytes], until_s: float, tally: Tally) -> None:
     reader, writer = await asyncio.open_connection(order.host, order.port, limit=1 << 22)
     while time.perf_counter() < until_s:
+        waited_s = _waited_for_a_core_s() if order.pause_s else 0.0
         began_s = time.perf_counter()
         writer.write(next(texts))
         await _answer(reader, tally, began_s)
-        tally.latencies.append(time.perf_counter() - began_s)
+        took_s = time.perf_counter() - began_s
+        if order.pause_s:
+            took_s -= _waited_for_a_core_s() - waited_s
+            await asyncio.sleep(order.pause_s)
+        tally.latencies.append(took_s)
     writer.close()
+
+
+def _waited_for_a_core_s() -> float:
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 async def _run(order: Order) -> Tally:
     tally = Tally()
     texts = itertools.cycle([text.encode() for text in order.requests])
+    os.nice(order.niceness)
+    await asyncio.sleep(max(0.0, order.begin_s - time.monotonic()))
     until_s = time.perf_counter() + order.seconds
     await asyncio.gather(*(_connection(order, texts, until_s, tally) for _ in range(order.connections)))
     return tally
@@ -87,6 +111,7 @@ def main() -> None:
                 "events": tally.events,
                 "p50_ms": _quantile_ms(latencies, 0.5),
                 "p99_ms": _quantile_ms(latencies, 0.99),
+                "max_ms": _quantile_ms(latencies, 1.0),
                 "ttft_p50_ms": _quantile_ms(first, 0.5),
                 "statuses": tally.statuses,
             }

@@ -61,6 +61,18 @@ async def bare(scope: dict[str, Any], receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
+async def swallowing(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """A gateway that keeps nothing of what it is sent, so that huge prompts cost the machine little there."""
+    if scope["type"] != "http":
+        return
+    while (await receive()).get("more_body", False):
+        pass
+    body = OK if scope["method"] == "POST" else b'{"object":"list","data":[]}'
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
 def naive() -> FastAPI:
     """The usual way: a decorated route and httpx, no limits."""
     app = FastAPI()

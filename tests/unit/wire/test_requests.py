@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from typing import Any
@@ -262,6 +263,23 @@ def test_what_is_named_twice_goes_upstream_once_and_as_it_was_read(raw: bytes) -
     assert len({name for name, _ in pairs}) == len(pairs)
     assert dict(pairs)["max_tokens"] == 5
     assert json.loads(sent) == json.loads(raw)
+
+
+def test_a_hundred_thousand_lists_are_read_without_a_search_for_cycles_at_each_seven_hundredth() -> None:
+    searches = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            searches.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        parse_chat(b'{"model":"m","messages":[' + b"[]," * 100_000 + b"{}]}")
+        refused(parse_chat, b'{"model":"m","messages":[' + b"[]," * 100_000)
+    finally:
+        gc.callbacks.remove(note)
+    assert len(searches) < 10
+    assert gc.isenabled()
 
 
 def test_unknown_fields_are_nobody_s_business() -> None:

@@ -8,8 +8,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from sentinel_proxy.errors import invalid_request
-from sentinel_proxy.openai_wire.refusals import missing_parameter, refusal
-from sentinel_proxy.openai_wire.splice import Edits, add_members, edit_body, names_members_once
+from sentinel_proxy.openai_wire.refusals import decoded, missing_parameter
+from sentinel_proxy.openai_wire.splice import Edits, add_members, edit_body
 
 # What still is exact as a double, which upstreams and Redis's scripts may read it as.
 _TOKENS_MAX: Final = 2**53
@@ -64,9 +64,9 @@ class MeteredRequest(msgspec.Struct, kw_only=True, gc=False):
         edits = dict(self._usage_edits())
         if cap_tokens is not None:
             edits |= self._cap_edits(cap_tokens)
-        if any(getattr(self, name) is not UNSET for name in edits) or not names_members_once(raw):
+        if any(getattr(self, name) is not UNSET for name in edits):
             return edit_body(raw, edits)
-        return add_members(raw, edits) if edits else raw
+        return add_members(raw, edits)
 
     def _usage_edits(self) -> Edits:
         return {}
@@ -166,37 +166,29 @@ _CHAT: Final = msgspec.json.Decoder(ChatRequest)
 _COMPLETIONS: Final = msgspec.json.Decoder(CompletionsRequest)
 _EMBEDDINGS: Final = msgspec.json.Decoder(EmbeddingsRequest)
 _RESPONSES: Final = msgspec.json.Decoder(ResponsesRequest)
-_Request = TypeVar("_Request", bound=MeteredRequest)
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
     """Reads a chat request; raises ApiError (400) naming the field at fault. Of a field named twice the last counts."""
-    return _with_stream_if_options(_decoded(_CHAT, raw))
+    return _with_stream_if_options(decoded(_CHAT, raw))
 
 
 def parse_completions(raw: bytes) -> CompletionsRequest:
     """As parse_chat."""
-    return _with_stream_if_options(_decoded(_COMPLETIONS, raw))
+    return _with_stream_if_options(decoded(_COMPLETIONS, raw))
 
 
 def parse_embeddings(raw: bytes) -> EmbeddingsRequest:
     """As parse_chat."""
-    return _decoded(_EMBEDDINGS, raw)
+    return decoded(_EMBEDDINGS, raw)
 
 
 def parse_responses(raw: bytes) -> ResponsesRequest:
     """As parse_chat; input may be left out where a stored prompt or an earlier turn stands for it."""
-    request = _decoded(_RESPONSES, raw)
+    request = decoded(_RESPONSES, raw)
     if not (request.input or request.prompt or request.previous_response_id or request.conversation):
         raise missing_parameter("input")
     return request
-
-
-def _decoded(decoder: msgspec.json.Decoder[_Request], raw: bytes) -> _Request:
-    try:
-        return decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise refusal(error) from None
 
 
 _Choosing = TypeVar("_Choosing", bound=_ChoicesRequest)
