@@ -36,6 +36,10 @@ MIDNIGHT_S = 1_800_057_600
 LEASE_MS = 10_000
 IDLE_S = 90
 WINDOW_MS = 12_000
+LATEST_MS = keys.SETTLED_TTL_S * 1000
+"""Whatever was given up for lost comes within this time, or never."""
+REAPED_WITHIN_MS = LATEST_MS + 3_500_000
+"""Nor is a reservation left unreaped for longer, from when its settlement came before it: see `settle.lua`."""
 FRESHNESS = Freshness(fresh_ms=30_000, stale_ms=2 * DAY_S * 1000)
 UNBOUNDED = {"queue", "leases", "due", "audit", "batches", "dead_letters", "tallies"}
 """Keys whose bound is another one than time: see `keys`."""
@@ -231,9 +235,10 @@ class World:
     async def advance(self, leap_ms: int) -> bool:
         """Whether a period has ended."""
         ended = False
-        if leap_ms > keys.SETTLED_TTL_S * 1000 and any(r.stands and r.settlement is not None for r in self.requests):
+        late_ms = [request.settled_ms for request in self.requests if request.stands and request.settlement is not None]
+        if leap_ms > IDLE_S * 1000 and late_ms and self.now_ms + leap_ms - min(late_ms) > REAPED_WITHIN_MS:
             await self.advance(LEASE_MS)
-            await self.step_reap()  # no reaper is away for longer than settlements are remembered
+            await self.step_reap()
         before_ms, self.now_ms = self.now_ms, self.now_ms + leap_ms
         await self.set_clock()
         for user, books in self.zion.books.items():
@@ -242,10 +247,9 @@ class World:
                     owed = self.owed[user][name]
                     owed.gone_before, ended = owed.acked + owed.dropped, True
                     owed.twice = owed.twice if math.isinf(owed.twice) else 0  # an unknown period ends unseen
-        if leap_ms > keys.SETTLED_TTL_S * 1000:
-            self.on_their_way.clear()
-            await self._forget(keys.settled_prefix(SHARD))
+        self.on_their_way = [r for r in self.on_their_way if self.now_ms - r.settled_ms <= LATEST_MS]
         if leap_ms > IDLE_S * 1000:
+            await self._age(keys.settled_prefix(SHARD), leap_ms // 1000)
             self.refreshers.clear()  # no call to Zion takes that long
             for user in USERS:
                 account = keys.account(user)
@@ -255,10 +259,11 @@ class World:
                     await self._refresh(user)
         return ended
 
-    async def _forget(self, prefix: str) -> None:
+    async def _age(self, prefix: str, leap_s: int) -> None:
         for name in cast("list[bytes]", await self.lane.call_on_each("KEYS", "sentinel:*")[0]):
             if name.startswith(prefix.encode()):
-                await self.lane.execute(name, "DEL", name)
+                left_s = cast("int", await self.lane.execute(name, "TTL", name)) - leap_s
+                await self.lane.execute(name, "EXPIRE", name, left_s)
 
     # --- proxies ---
 
@@ -382,17 +387,19 @@ class World:
         request = self._pick(lambda r: r.settlement is not None)
         if request is not None and request.settlement is not None:
             age_ms = max(1, self.now_ms - request.settled_ms)
+            if age_ms <= LATEST_MS and self.dice.random() < 0.5:
+                age_ms = 0  # the first attempt, given up for lost too, is executed after the second one
             again = self.accounts.settle(replace(request.settlement, attempt_age_ms=age_ms))
             assert await (again if request.stands else self.unchanged(again)) is SettleOutcome.KNOWN_BEFORE
             self._take_back(request)
 
     async def step_extend(self) -> None:
-        request = self._pick(lambda r: r.settlement is None)
+        request = self._pick(lambda r: r.settlement is None or r.stands)
         if request is None:
             return
         seen = self.dice.randint(request.seen, max(request.seen, request.granted))
         extending = self.accounts.extend(rid=request.rid, external_id=request.user, output_tokens_seen=seen)
-        if request.reaped:
+        if not request.stands:
             assert not await self.unchanged(extending)
         else:
             assert await extending

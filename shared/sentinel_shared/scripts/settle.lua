@@ -19,9 +19,6 @@ local outcome, bucket, input, output, _ = 1
 if f[2] then
   _, bucket, input, _, output = struct.unpack('<dddddd', f[2])
   promised = {1, input, output}
-  if tonumber(ARGV[8]) > 0 and redis.call('EXISTS', KEYS[6]) == 1 then
-    due = {0, 0, 0} -- its admission, given up for lost, came after it was settled: only the promise is taken back
-  end
 else
   if redis.call('EXISTS', KEYS[6]) == 1 then
     return 0
@@ -48,6 +45,11 @@ else -- the account itself was lost: keep what is owed until Zion is asked again
     a[i] = 0
   end
   a[12], a[24], a[36] = -1, -1, -1
+end
+
+-- Where no reservation was found, the admission may still come, and is reaped a lease later: an hour at most.
+if not redis.call('SET', KEYS[6], '1', 'EX', outcome == 3 and ARGV[9] + 3600 or ARGV[9], 'NX') then
+  due = {0, 0, 0} -- its admission, given up for lost, came after it was settled: only the promise is taken back
 end
 
 local dirty_ms = now_ms
@@ -101,7 +103,6 @@ end
 if tokens_settled ~= 0 then
   redis.call('HINCRBY', KEYS[5], 'settled_tokens', tokens_settled)
 end
-redis.call('SET', KEYS[6], '1', 'EX', ARGV[9])
 if owed then
   redis.call('ZADD', KEYS[3], 'LT', dirty_ms, ext)
 elseif idle then -- a refund: no ack will come to let the account expire
