@@ -97,7 +97,7 @@ def tallies(shard: int) -> str:
 
 
 def settled_prefix(shard: int) -> str:
-    """String per settled reservation, the rid follows; expires after `SETTLED_TTL_S`, an hour later if none was found."""
+    """String per settled reservation, the rid follows; lives `SETTLED_TTL_S`, an hour more if none was found."""
     return shard_prefix(shard) + "settled:"
 
 
