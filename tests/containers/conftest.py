@@ -32,9 +32,12 @@ def images():
 
 @pytest.fixture(scope="module")
 def system(images):
-    """All but Prometheus and Grafana, whose images are others' work: three proxies, two workers."""
-    with Project(RATE_LIMIT_REQUESTS="0", USAGE_FLUSH_SECONDS="0.5") as running:
-        running.up("proxy", "usage-worker", "limits-sync", proxy=3, usage_worker=2)
+    """Three proxies, two workers, and Prometheus where its image can be had."""
+    image = project.prometheus_image()
+    told = {"RATE_LIMIT_REQUESTS": "0", "USAGE_FLUSH_SECONDS": "0.5", "CACHE_TTL_SECONDS": "5"}
+    with Project(**told, **({"PROMETHEUS_IMAGE": image} if image else {})) as running:
+        monitoring = ["prometheus"] if image else []
+        running.up("proxy", "usage-worker", "limits-sync", *monitoring, proxy=3, usage_worker=2)
         yield running
 
 

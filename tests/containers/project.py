@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 from uuid import uuid4
+
+import httpx
 
 from tests.support.redis_server import free_port
 from tests.support.system import eventually
@@ -18,6 +22,7 @@ from tests.support.system import eventually
 REPO: Final = Path(__file__).parents[2]
 PYTHON_IMAGE: Final = os.environ.get("PYTHON_IMAGE", "python:3.13-slim")
 REDIS_IMAGE: Final = os.environ.get("REDIS_IMAGE", "redis:7-alpine")
+MONITORING: Final = Path(__file__).parent / "prometheus.Dockerfile"
 PORTS: Final = {"proxy": 8080, "usage-worker": 8081, "limits-sync": 8082, "dev": 8080}
 _BUILD_WITHIN_S: Final = 600
 _COMMAND_WITHIN_S: Final = 180
@@ -71,6 +76,25 @@ def build(service: str, tag: str) -> None:
     )
 
 
+@functools.cache
+def prometheus_image() -> str | None:
+    """What docker-compose.yml names, else an image of this machine's own Prometheus; None where neither is."""
+    compose = (REPO / "docker-compose.yml").read_text(encoding="utf-8")
+    found = re.search(r"\$\{PROMETHEUS_IMAGE:-(\S+)\}", compose)
+    assert found is not None
+    named = os.environ.get("PROMETHEUS_IMAGE", found[1])
+    if not _fails("docker", "image", "inspect", named) or not _fails("docker", "pull", "--quiet", named):
+        return named
+    binary = shutil.which("prometheus")
+    if binary is None:
+        return None
+    made = "sentinel-test-prometheus"
+    with tempfile.TemporaryDirectory() as context:
+        shutil.copy(binary, f"{context}/prometheus")
+        docker("build", "--quiet", f"--file={MONITORING}", f"--tag={made}", f"--build-arg=BASE={PYTHON_IMAGE}", context)
+    return None if _fails("docker", "run", "--rm", made, "--version") else made
+
+
 def _fails(*command: str) -> bool:
     try:
         return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode != 0
@@ -83,11 +107,12 @@ class Project:
 
     def __init__(self, **environ: str) -> None:
         self.name = f"sentinel-test-{uuid4().hex[:8]}"
-        self.port, self.zion_port = free_port(), free_port()
+        self.port, self.zion_port, self.prometheus_port = free_port(), free_port(), free_port()
         self._environ = {
             **os.environ,
             "SENTINEL_PUBLISHED_PORT": str(self.port),
             "ZION_PUBLISHED_PORT": str(self.zion_port),
+            "PROMETHEUS_PUBLISHED_PORT": str(self.prometheus_port),
             **environ,
         }
 
@@ -105,11 +130,14 @@ class Project:
     def up(self, *services: str, **scale: int) -> None:
         """Until all that have a health check are healthy. Images are never built nor pulled by it."""
         scaled = [part for name, count in scale.items() for part in ("--scale", f"{name.replace('_', '-')}={count}")]
-        self.compose("up", "-d", "--no-build", *scaled, *services)
+        waits = ["--wait"] if compose_command() == ("docker", "compose") else []  # what docker-compose 1 does not know
         try:
+            self.compose("up", "-d", "--no-build", *waits, *scaled, *services)
             eventually(self.unhealthy, within_s=_READY_WITHIN_S, until=lambda names: not names)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.compose('logs', '--no-color', '--tail=30')}") from None
+            raise AssertionError(
+                f"{error}\n{self.unhealthy()}\n{self.compose('logs', '--no-color', '--tail=30')}"
+            ) from None
 
     def containers(self, service: str) -> list[str]:
         """Ids of the service's containers, also of those that have ended."""
@@ -124,6 +152,14 @@ class Project:
             for name, state in states.items()
             if state["Status"] != "running" or state.get("Health", {}).get("Status", "healthy") != "healthy"
         ]
+
+    def measured(self, expression: str, path: str = "query", **options: float) -> list[dict[str, Any]]:
+        """The series that Prometheus has for an expression."""
+        url = f"http://127.0.0.1:{self.prometheus_port}/api/v1/{path}"
+        answer = httpx.get(url, params={"query": expression, **options}, timeout=30)
+        assert answer.status_code == 200, (expression, answer.text)
+        series: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return series
 
     def _listed(self, service: str) -> str:
         return docker(

@@ -89,7 +89,7 @@ def test_a_rolling_restart_under_load_loses_no_request_and_no_usage(system, clie
     for caller in callers:
         caller.start()
     try:
-        for service in ("proxy", "usage-worker", "limits-sync"):
+        for service in ("proxy", "usage-worker", "limits-sync", "redis"):
             for container in system.containers(service):
                 docker("restart", "--time=40", container)
                 eventually(system.unhealthy, within_s=60, until=lambda names: not names)
