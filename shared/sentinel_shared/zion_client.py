@@ -32,6 +32,7 @@ from sentinel_shared.contracts import Caller, Increment, IncrementResult, LimitS
 from sentinel_shared.errors import (
     MalformedLimits,
     SentinelError,
+    SettingsError,
     UnknownUser,
     ZionRefusedKey,
     ZionRefusedToken,
@@ -62,7 +63,8 @@ class ZionClient:
     """One per process. Every call goes through the breaker, holds a slot of the budget, and ends within `timeout_s`.
 
     Proxies and a private certificate authority come from the environment (`HTTPS_PROXY`, `NO_PROXY`,
-    `SSL_CERT_FILE`), unless a `transport` is given. `background` calls leave the slots that are kept for callers.
+    `SSL_CERT_FILE`), unless a `transport` is given; a proxy of no use is a SettingsError. `background` calls leave the
+    slots that are kept for callers.
     """
 
     def __init__(
@@ -82,16 +84,19 @@ class ZionClient:
         self._budget = budget
         self._clock = clock
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(
-            headers={"accept": "application/json", "user-agent": "sentinel"},
-            # A cookie that Zion sets for one caller must never go along with another's request.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
-            limits=httpx.Limits(
-                max_connections=budget.slots, max_keepalive_connections=budget.slots, keepalive_expiry=KEEPALIVE_S
-            ),
-            transport=transport,
-        )
+        try:
+            self._http = httpx.AsyncClient(
+                headers={"accept": "application/json", "user-agent": "sentinel"},
+                # A cookie that Zion sets for one caller must never go along with another's request.
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+                limits=httpx.Limits(
+                    max_connections=budget.slots, max_keepalive_connections=budget.slots, keepalive_expiry=KEEPALIVE_S
+                ),
+                transport=transport,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL):
+            raise SettingsError("HTTPS_PROXY, HTTP_PROXY, ALL_PROXY: take a URL such as http://proxy:3128") from None
 
     async def aclose(self) -> None:
         """Closes all connections; calls that are still running fail."""

@@ -17,6 +17,7 @@ from sentinel_shared.contracts import Caller, Increment, IncrementResult, LimitN
 from sentinel_shared.errors import (
     MalformedLimits,
     SentinelError,
+    SettingsError,
     UnknownUser,
     ZionRefusedKey,
     ZionRefusedToken,
@@ -668,3 +669,10 @@ async def test_a_proxy_of_the_environment_is_used(monkeypatch):
         async with client_of("http://zion.invalid") as client:
             assert (await client.caller("jwt")).user_id == "7"
     assert wire.heads[0].startswith(b"GET http://zion.invalid/api/v1/users/me HTTP/1.1")
+
+
+@pytest.mark.parametrize("url", ["socks5://proxy:1080", "ftp://proxy"])
+def test_a_proxy_that_is_of_no_use_is_named_at_once(monkeypatch, url):
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    with pytest.raises(SettingsError, match="HTTPS_PROXY"):
+        client_of("https://zion.invalid")
