@@ -26,7 +26,7 @@ from sentinel_proxy.routes import Gate, not_found, status_routes, support_routes
 from sentinel_proxy.settings import RedisFailMode
 from sentinel_proxy.spool import Spool, ledger_name
 from sentinel_proxy.tokens import Ratios, TokenCounter
-from sentinel_proxy.toolbox import Load, Samples, Toolbox
+from sentinel_proxy.toolbox import Load, Toolbox
 from sentinel_proxy.upstream import Upstream
 from sentinel_shared.accounts import Accounts, AccountScripts, Freshness, WindowPolicy
 from sentinel_shared.breaker import Breaker, BreakerState, ZionBudget
@@ -174,7 +174,7 @@ async def running(settings: Settings) -> AsyncIterator[SentinelApp]:
             ratios=Ratios(),
             metrics=metrics,
             new_rid=_rids(),
-            samples=Samples(),
+            samples=calibration.Samples(),
             load=Load(),
         )
         access_logs = _access_logs(settings)

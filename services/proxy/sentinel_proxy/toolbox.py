@@ -13,6 +13,7 @@ from sentinel_proxy.upstream import UpstreamError, UpstreamTimeout
 
 if TYPE_CHECKING:
     from sentinel_proxy.auth import Authenticator
+    from sentinel_proxy.calibration import Samples
     from sentinel_proxy.exchange import Exchange
     from sentinel_proxy.limiter import Limiter
     from sentinel_proxy.meter import Meter
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 ACCOUNT_STATUSES: Final = frozenset({401, 402, 403})
 """The upstream's word about the gateway's own account, which is none of the caller's business."""
 
-_SAMPLED_EVERY: Final = 16
-_SAMPLED_BYTES: Final = 256
-_SAMPLE_MAX_BYTES: Final = 256 * 1024
-"""The calibration weighs no prompt for more than 20,000 tokens."""
-
 _log: Final = logging.getLogger(__name__)
 
 
@@ -39,27 +35,6 @@ class Load:
     """How many requests are running."""
 
     count: int = 0
-
-
-@dataclass(slots=True)
-class Samples:
-    """Which prompts are counted exactly, however much their caller has left, so that the estimate stays calibrated.
-
-    Every 16th at most, and on average no more than 256 bytes a request: a count costs 30 ns a byte.
-    """
-
-    since: int = _SAMPLED_EVERY
-    spare_bytes: int = 64 * 1024
-
-    def take(self, prompt_bytes: int) -> bool:
-        """Whether this one is."""
-        self.since += 1
-        self.spare_bytes = min(self.spare_bytes + _SAMPLED_BYTES, _SAMPLE_MAX_BYTES)
-        if self.since <= _SAMPLED_EVERY or prompt_bytes > self.spare_bytes:
-            return False
-        self.since = 0
-        self.spare_bytes -= prompt_bytes
-        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ import time
 
 import pytest
 
+from sentinel_proxy.settings import Settings
 from sentinel_shared import keys
 from sentinel_shared.accounts import Accounts, Binding, CommitOutcome, Cost, Freshness, Settlement, SettleOutcome
 from sentinel_shared.accounts import WindowPolicy as Window
 from sentinel_shared.contracts import IncrementResult, LimitName, LimitSnapshot, ResetPeriod
-from sentinel_shared.errors import RedisFull, RedisUnavailable
+from sentinel_shared.errors import RedisFull, RedisUnavailable, SettingsError
 from sentinel_shared.usage_queue import UsageQueue
 from tests.integration.ledger.conftest import ACCOUNT_SCRIPTS, QUEUE_SCRIPTS
 from tests.support.system import eventually
@@ -277,6 +278,18 @@ def test_an_admission_that_comes_after_its_settlement_is_charged_nothing_more(ca
     again = one.settle(other, requests=charged, input_tokens=7 * charged, attempt_age_ms=age_ms)
     assert again is SettleOutcome.KNOWN_BEFORE
     assert [state.used for state in one.view().limits] == [2 * charged, 14 * charged]
+
+
+def test_a_settlement_without_its_reservation_is_remembered_longer_than_any_lease(case):
+    one = case()
+    one.commit(snapshot("ai_requests", 10))
+    rid = unique("r")
+    assert one.settle(rid) is SettleOutcome.RESERVATION_LOST
+    marker = keys.settled_prefix(keys.shard_of(one.user)) + rid
+    life_s = one.run(one.lane.execute(marker, "TTL", marker))
+    needed = {"ZION_API_URL": "http://z", "ZION_API_KEY": "k", "VERCEL_AI_GATEWAY_API_KEY": "k"}
+    with pytest.raises(SettingsError):
+        Settings.from_env({**needed, "RESERVATION_LEASE_SECONDS": str(life_s - keys.SETTLED_TTL_S + 2)})
 
 
 def test_an_account_that_was_lost_keeps_what_is_settled_and_asks_zion_again(case):

@@ -8,7 +8,8 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from sentinel_proxy.errors import invalid_request
-from sentinel_proxy.openai_wire.refusals import decoded, missing_parameter
+from sentinel_proxy.openai_wire.decoding import decoded
+from sentinel_proxy.openai_wire.refusals import missing_parameter
 from sentinel_proxy.openai_wire.splice import Edits, add_members, edit_body
 
 # What still is exact as a double, which upstreams and Redis's scripts may read it as.

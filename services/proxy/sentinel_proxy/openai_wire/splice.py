@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from sentinel_proxy.openai_wire.refusals import decoded
+from sentinel_proxy.openai_wire.decoding import decoded
 
 Edits = Mapping[str, object]
 
